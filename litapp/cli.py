@@ -1,0 +1,288 @@
+"""The ``litapp`` command: parse, call, report.
+
+Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 2 bad usage,
+130 cancelled. numpy and the engines are imported inside the commands: ``--help`` is fast.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+
+from litapp import __version__
+from litapp.cli_training import app as training_app
+from litapp.errors import EXIT_CANCELLED, EXIT_FAILED, EXIT_USAGE, Cancelled, LitappError
+
+if TYPE_CHECKING:
+    from litapp.samplers import Step
+
+__all__ = ["app", "main"]
+
+OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".svg"}
+
+
+class _Commands(typer.core.TyperGroup):
+    """Tells every failure that the user can mend in one line on stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LitappError as error:
+            typer.echo(f"litapp: {error}", err=True)
+            raise typer.Exit(error.exit_code) from error
+        except Cancelled as error:
+            typer.echo("litapp: cancelled", err=True)
+            raise typer.Exit(EXIT_CANCELLED) from error
+        except MemoryError as error:
+            typer.echo("litapp: out of memory; try a smaller picture", err=True)
+            raise typer.Exit(EXIT_FAILED) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Text to image on your own computer, with a linear diffusion transformer.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="List and verify installed models.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+
+def main() -> None:
+    """The console script."""
+    # Prompts and paths may hold letters that a console's own encoding lacks.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    app(prog_name="litapp")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"litapp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.", show_default=False)] = None,
+    res: Annotated[int | None, typer.Option(help="Width and height in pixels. [1024]")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. [the model's]")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How closely to follow the prompt, 1-30. [the model's]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed; -1 takes a random one. [0]")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    batch_count: Annotated[int, typer.Option(help="Pictures to draw, with seeds counting up.")] = 1,
+    model: Annotated[
+        str | None, typer.Option(help="Name or folder of a model. [lit-scenes-1k]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, directml or coreml.")] = "auto",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A .png file, or a folder.")
+    ] = Path(),
+    metadata: Annotated[
+        bool, typer.Option("--metadata/--no-metadata", help="Store the parameters in the picture.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Draw a litapp picture again.")
+    ] = None,
+) -> None:
+    """Draw a picture; prints its path."""
+    if res is not None and (width is not None or height is not None):
+        raise LitappError("give either --res or --width and --height", EXIT_USAGE)
+    if not 1 <= batch_count <= 1000:
+        raise LitappError(f"--batch-count must be from 1 to 1000, not {batch_count}", EXIT_USAGE)
+    given = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "width": width if res is None else res,
+        "height": height if res is None else res,
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "model": model,
+    }
+    wanted = _recall(source) | {name: v for name, v in given.items() if v is not None}
+    if wanted.get("seed") == -1:
+        wanted["seed"] = secrets.randbelow(2**32)
+        typer.echo(f"seed {wanted['seed']}", err=True)
+    _draw(wanted, batch_count, device, output, metadata, as_json)
+
+
+def _recall(source: Path | None) -> dict[str, Any]:
+    """What ``--from`` picture was asked for, without what only tells how it was made."""
+    if source is None:
+        return {}
+    from litapp.images import read_parameters
+
+    names = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "seed", "model")
+    stored = read_parameters(source)
+    return {name: stored[name] for name in names if name in stored}
+
+
+def _draw(
+    wanted: dict[str, Any],
+    count: int,
+    device: str,
+    output: Path,
+    metadata: bool,
+    as_json: bool,
+) -> None:
+    from litapp.images import ensure_writable
+    from litapp.pipeline import DEFAULT_MODEL, TextToImage
+
+    prompt = wanted.pop("prompt", "")
+    seed = wanted.pop("seed", 0)
+    draw = TextToImage.load(str(wanted.pop("model", DEFAULT_MODEL)), device)
+    draw.request(prompt, seed=seed, **wanted)
+    draw.request(prompt, seed=seed + count - 1, **wanted)
+    ensure_writable(_target(output, prompt, seed, 0, count))
+    done: list[dict[str, Any]] = []
+    try:
+        with _interruptible() as should_stop:
+            for i in range(count):
+                with _progress() as on_step:
+                    picture = draw(
+                        prompt, seed=seed + i, on_step=on_step, should_stop=should_stop, **wanted
+                    )
+                if should_stop():
+                    raise Cancelled
+                start = time.perf_counter()
+                path = picture.save(_target(output, prompt, seed, i, count), metadata=metadata)
+                seconds = {**picture.seconds, "save": time.perf_counter() - start}
+                done.append(
+                    {"path": str(path), "parameters": picture.parameters, "seconds": seconds}
+                )
+                phases = (f"{name} {value:.2f} s" for name, value in seconds.items())
+                typer.echo(", ".join(phases), err=True)
+                if not as_json:
+                    typer.echo(path)
+    finally:
+        if as_json and done:
+            typer.echo(json.dumps({"images": done}))
+
+
+def _target(output: Path, prompt: str, seed: int, index: int, count: int) -> Path:
+    """Where picture ``index`` of ``count`` goes: the file named, or a new one in the folder."""
+    from litapp.images import fresh_path
+
+    suffix = output.suffix.lower()
+    if output.is_dir() or suffix not in {".png", *OTHER_FORMATS}:
+        return fresh_path(output, prompt, seed + index)
+    if suffix != ".png":
+        raise LitappError(f"pictures are saved as .png, not {suffix}", EXIT_USAGE)
+    return output if count == 1 else output.with_stem(f"{output.stem}-{index + 1}")
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks to stop at the next step; a second one stops at once."""
+    stop = threading.Event()
+
+    def ask(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Step], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("denoise", total=None)
+        yield lambda step: progress.update(task, completed=step.index, total=step.total)
+
+
+@app.command()
+def info(image: Annotated[Path, typer.Argument(help="A picture by litapp.")]) -> None:
+    """Print the parameters stored in a picture."""
+    from litapp.images import read_parameters
+
+    typer.echo(json.dumps(read_parameters(image), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def doctor() -> None:
+    """Tell what this computer offers."""
+    from litapp.doctor import report
+
+    for name, value in report().items():
+        typer.echo(f"{name + ':':<15}{value}")
+
+
+@models_app.command("list")
+def list_models() -> None:
+    """Print name, size and folder of each installed model."""
+    from litapp import bundle
+
+    for name, root in sorted(bundle.list_bundles().items()):
+        try:
+            size = sum(entry.size for entry in bundle.load(root).manifest.files.values())
+            typer.echo(f"{name}  {size / 1e6:.0f} MB  {root}")
+        except LitappError as error:
+            typer.echo(f"{name}  not usable: {error}")
+
+
+@models_app.command("verify")
+def verify_models(
+    name: Annotated[str | None, typer.Argument(help="Name or folder; all if not given.")] = None,
+) -> None:
+    """Compare every file of a model with its digest."""
+    from litapp import bundle
+
+    names = [name] if name else sorted(bundle.list_bundles())
+    broken = False
+    for model in names:
+        root = bundle.find(model)
+        try:
+            problems = [
+                f"{path} has changed; install it again" for path in bundle.verify(bundle.load(root))
+            ]
+        except LitappError as error:
+            problems = [str(error)]
+        for problem in problems:
+            typer.echo(f"litapp: {model}: {problem}", err=True)
+        if not problems:
+            typer.echo(f"{model}  whole")
+        broken = broken or bool(problems)
+    if broken:
+        raise typer.Exit(EXIT_FAILED)
+
+
+app.add_typer(training_app)

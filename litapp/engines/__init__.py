@@ -1,0 +1,13 @@
+"""Engines run one network of a bundle; nothing here knows what the network is for."""
+
+from __future__ import annotations
+
+from litapp.engines.onnx import (
+    DEVICES,
+    OnnxNetwork,
+    available_devices,
+    physical_cores,
+    providers_for,
+)
+
+__all__ = ["DEVICES", "OnnxNetwork", "available_devices", "physical_cores", "providers_for"]

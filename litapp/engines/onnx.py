@@ -1,0 +1,124 @@
+"""Run one ``.onnx`` file with ONNX Runtime, imported only when the first network is loaded."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from litapp.errors import EXIT_USAGE, LitappError
+
+__all__ = ["DEVICES", "OnnxNetwork", "available_devices", "physical_cores", "providers_for"]
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+}
+DEVICES = ("auto", *PROVIDERS)
+_PACKAGES = {"cuda": "onnxruntime-gpu", "directml": "onnxruntime-directml"}
+
+
+def available_devices() -> list[str]:
+    """The ``--device`` names the installed ONNX Runtime can serve; always has ``"cpu"``."""
+    import onnxruntime
+
+    offered = set(onnxruntime.get_available_providers())
+    return [device for device, provider in PROVIDERS.items() if provider in offered]
+
+
+def providers_for(device: str) -> list[str]:
+    """Execution providers for a ``--device``, the wanted one first and the CPU as its fallback.
+
+    ``auto`` takes CUDA or DirectML where installed, else the CPU. Core ML is not chosen by itself:
+    it compiles a network anew for every picture size, which costs more than it gains.
+
+    Raises:
+        LitappError: the name is unknown, or the installed ONNX Runtime has no such provider.
+    """
+    if device not in DEVICES:
+        raise LitappError(f"no device {device!r}; choose one of {', '.join(DEVICES)}", EXIT_USAGE)
+    available = available_devices()
+    if device == "auto":
+        device = next((name for name in ("cuda", "directml") if name in available), "cpu")
+    if device not in available:
+        hint = f"; install {_PACKAGES[device]} to add it" if device in _PACKAGES else ""
+        raise LitappError(
+            f"the installed ONNX Runtime has no {device} support (it has: {', '.join(available)})"
+            f"{hint}, or use --device auto"
+        )
+    return list(dict.fromkeys([PROVIDERS[device], PROVIDERS["cpu"]]))
+
+
+def physical_cores() -> int:
+    """Physical cores this process may run on; 0 where only ONNX Runtime can tell."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text().strip())
+        except OSError:
+            return 0
+    return len(cores)
+
+
+class OnnxNetwork:
+    """A network ready to run: ``states, pooled = network(input_ids=ids, attention_mask=mask)``.
+
+    Args:
+        path: the ``.onnx`` file.
+        device: as for :func:`providers_for`.
+        outputs: the outputs to return, in this order.
+
+    Raises:
+        LitappError: the file is not a network that ONNX Runtime can load, or lacks an output.
+    """
+
+    def __init__(self, path: Path, device: str, outputs: Sequence[str]) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        # One thread per physical core: a second one on the same core only fights for its caches.
+        options.intra_op_num_threads = physical_cores()
+        options.log_severity_level = 3
+        self.path = path
+        try:
+            self._session = onnxruntime.InferenceSession(
+                os.fspath(path), sess_options=options, providers=providers_for(device)
+            )
+        except LitappError:
+            raise
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise LitappError(f"cannot load {path}: {_reason(error)}") from error
+        self._outputs = list(outputs)
+        offered = {node.name for node in self._session.get_outputs()}
+        if missing := set(outputs) - offered:
+            raise LitappError(f"{path} has no output {', '.join(sorted(missing))}")
+
+    def __call__(self, **inputs: NDArray[Any]) -> list[NDArray[np.float32]]:
+        """Run once; inputs are named as in the file.
+
+        Raises:
+            LitappError: the run failed, most often because memory ran out.
+        """
+        try:
+            return self._session.run(self._outputs, inputs)
+        except Exception as error:
+            raise LitappError(
+                f"{self.path.parent.name} failed while running: {_reason(error)}"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "alloc" in text.lower():
+        text = f"out of memory, try a smaller picture ({text})"
+    return text[:300]

@@ -1,0 +1,199 @@
+"""Pictures: from premultiplied floats to PNG files that are whole, or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from litapp.errors import LitappError
+
+__all__ = [
+    "checkerboard",
+    "contact_sheet",
+    "ensure_writable",
+    "fresh_path",
+    "read_parameters",
+    "save_png",
+    "to_image",
+]
+
+DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+XMP = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about=""'
+    ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
+    f' Iptc4xmpExt:DigitalSourceType="{DIGITAL_SOURCE_TYPE}"/>'
+    '</rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+)
+
+
+def to_image(premultiplied: NDArray[np.floating[Any]]) -> Image.Image:
+    """Straight 8-bit RGBA of a premultiplied picture, or RGB where every pixel is opaque.
+
+    Args:
+        premultiplied: (H, W, 4), nominal range [0, 1]; clipped, and colour to at most alpha.
+
+    Raises:
+        LitappError: a value is NaN or infinite.
+    """
+    if not np.isfinite(premultiplied).all():
+        raise LitappError("the picture holds NaN or infinite values and was not kept")
+    alpha = np.clip(premultiplied[..., 3:], 0, 1)
+    colour = np.clip(premultiplied[..., :3], 0, alpha)
+    straight = np.divide(colour, alpha, out=np.zeros_like(colour), where=alpha > 0)
+    pixels = np.rint(np.concatenate([straight, alpha], axis=-1) * 255).astype(np.uint8)
+    # A colour nobody can see only costs bytes and shows up in tools that drop alpha.
+    pixels[pixels[..., 3] == 0] = 0
+    image = Image.fromarray(pixels)
+    return image.convert("RGB") if pixels[..., 3].min() == 255 else image
+
+
+def save_png(image: Image.Image, path: Path, parameters: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG whole or not at all, with its parameters where given.
+
+    ``parameters`` go into the PNG twice: as the ``parameters`` text that other tools read, and as
+    JSON in a ``litapp`` chunk. Every picture is marked as generated (IPTC digital source type).
+
+    Raises:
+        LitappError: the file cannot be written; nothing is left behind.
+    """
+    info = PngImagePlugin.PngInfo()
+    if parameters is not None:
+        info.add_text("parameters", _a1111_text(parameters))
+        info.add_text("litapp", json.dumps(parameters))
+    info.add_itxt("XML:com.adobe.xmp", XMP)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, buffer.getbuffer())
+    except OSError as error:
+        raise LitappError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """The parameters a picture was drawn with. Raises LitappError where it holds none."""
+    try:
+        with Image.open(path) as image:
+            text = image.info.get("litapp")
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        raise LitappError(f"{path} is not a picture litapp can read") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LitappError(f"cannot read {path}: {reason}") from error
+    try:
+        parameters = json.loads(text) if text else None
+    except (TypeError, ValueError, RecursionError):
+        parameters = None
+    if not isinstance(parameters, dict):
+        raise LitappError(f"{path} holds no parameters of litapp")
+    return parameters
+
+
+def ensure_writable(path: Path) -> None:
+    """Raise LitappError unless a file could be created at ``path``, whose folders may be new."""
+    folder = path.parent
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()  # tells of a name that is too long
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise LitappError(f"cannot write {path}: {error.strerror}") from error
+
+
+def fresh_path(folder: Path, prompt: str, seed: int) -> Path:
+    """A file name in ``folder`` that tells prompt and seed and is not taken yet."""
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:48].strip("-") or "picture"
+    # Bytes, not letters, are what file systems limit.
+    while len(words.encode()) > 120:
+        words = words[:-1]
+    path, count = folder / f"{words}-{seed}.png", 1
+    while path.exists():
+        count += 1
+        path = folder / f"{words}-{seed}-{count}.png"
+    return path
+
+
+def checkerboard(width: int, height: int, cell: int = 16) -> Image.Image:
+    """The grey squares (RGB) that stand for transparency."""
+    rows, columns = np.arange(height) // cell, np.arange(width) // cell
+    light = (rows[:, None] + columns) % 2 == 0
+    return Image.fromarray(np.where(light, 255, 225).astype(np.uint8)).convert("RGB")
+
+
+def contact_sheet(
+    images: Sequence[Image.Image], columns: int, cell: int = 256, gap: int = 8
+) -> Image.Image:
+    """An RGB grid of pictures, each fitted into ``cell`` x ``cell`` pixels on a checkerboard.
+
+    Raises:
+        ValueError: there are no images, or ``columns`` is not positive.
+    """
+    if not images or columns < 1:
+        raise ValueError("a contact sheet needs at least one image and one column")
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new(
+        "RGB", (columns * (cell + gap) + gap, rows * (cell + gap) + gap), (255, 255, 255)
+    )
+    for i, image in enumerate(images):
+        small = image.convert("RGBA")
+        small.thumbnail((cell, cell), Image.Resampling.LANCZOS)
+        tile = checkerboard(*small.size)
+        tile.paste(small, mask=small)
+        x = gap + (i % columns) * (cell + gap) + (cell - small.width) // 2
+        y = gap + (i // columns) * (cell + gap) + (cell - small.height) // 2
+        sheet.paste(tile, (x, y))
+    return sheet
+
+
+def _a1111_text(parameters: Mapping[str, Any]) -> str:
+    """The text layout that AUTOMATIC1111's web UI made the common one."""
+    fields = {
+        "Steps": parameters.get("steps"),
+        "Sampler": parameters.get("sampler"),
+        "CFG scale": parameters.get("guidance"),
+        "Seed": parameters.get("seed"),
+        "Size": f"{parameters.get('width')}x{parameters.get('height')}",
+        "Model hash": str(parameters.get("model_digest", ""))[:10],
+        "Model": parameters.get("model"),
+        "Version": f"litapp {parameters.get('version')}",
+    }
+    lines = [str(parameters.get("prompt", ""))]
+    if negative := parameters.get("negative_prompt"):
+        lines.append(f"Negative prompt: {negative}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
+    return "\n".join(lines)
+
+
+def _write_whole(path: Path, content: bytes | memoryview) -> None:
+    draft = path.parent / f".{secrets.token_hex(8)}.part"
+    try:
+        with draft.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise

@@ -1,0 +1,154 @@
+"""``litapp.json``: what a model bundle says about itself, schema version 1."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from litapp.errors import LitappError
+
+__all__ = [
+    "COMPONENTS",
+    "MANIFEST",
+    "SCHEDULER",
+    "SCHEMA_VERSION",
+    "TOKENIZER",
+    "Component",
+    "FileEntry",
+    "Manifest",
+    "parse_manifest",
+    "read_json",
+]
+
+SCHEMA_VERSION = 1
+MANIFEST = "litapp.json"
+TOKENIZER = "tokenizer/tokenizer.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+COMPONENTS = ("text_encoder", "transformer", "vae_decoder")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What one file must be: ``sha256`` in hex, ``size`` in bytes."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network: ``path`` inside the bundle, its precision, licence and measured parity."""
+
+    path: str
+    precision: str = ""
+    license: str = ""
+    parity: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``litapp.json``.
+
+    Attributes:
+        channels: latent channels C.
+        reduction: pixels per latent cell, along one side.
+        multiple: pixels per transformer token, along one side; canvas sides are multiples of it.
+        native: pixels of the long side the model was trained at.
+        sampler, steps, guidance, clip_x0: defaults for drawing.
+        max_length: text tokens the encoder reads.
+        files: by path relative to the bundle, with forward slashes.
+    """
+
+    name: str
+    description: str
+    source_revision: str
+    components: Mapping[str, Component]
+    channels: int
+    reduction: int
+    multiple: int
+    native: int
+    sampler: str
+    steps: int
+    guidance: float
+    clip_x0: float | None
+    max_length: int
+    files: Mapping[str, FileEntry]
+
+
+def parse_manifest(raw: Mapping[str, Any], root: Path) -> Manifest:
+    """Check the JSON data of ``root / "litapp.json"`` and give it types; unknown keys are ignored.
+
+    Raises:
+        LitappError: it is of a newer schema, or something is missing or of the wrong kind.
+    """
+    version = raw.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise LitappError(
+            f"model {root.name} needs a newer litapp (its schema version is {version}, this litapp"
+            f" reads {SCHEMA_VERSION}); run: pip install --upgrade litapp"
+        )
+    try:
+        manifest = _typed(raw)
+        _check(manifest)
+    except KeyError as error:
+        raise LitappError(f"{root / MANIFEST} is damaged: it has no {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise LitappError(f"{root / MANIFEST} is damaged: {error}") from error
+    return manifest
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises LitappError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LitappError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise LitappError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise LitappError(f"{path} is damaged: it is not a JSON object")
+    return value
+
+
+def _typed(raw: Mapping[str, Any]) -> Manifest:
+    clip_x0 = raw["sampler"].get("clip_x0")
+    return Manifest(
+        name=str(raw["name"]),
+        description=str(raw["description"]),
+        source_revision=str(raw["source_revision"]),
+        components={name: _component(value) for name, value in raw["components"].items()},
+        channels=int(raw["latent"]["channels"]),
+        reduction=int(raw["latent"]["reduction"]),
+        multiple=int(raw["latent"]["multiple"]),
+        native=int(raw["canvas"]["native"]),
+        sampler=str(raw["sampler"]["name"]),
+        steps=int(raw["sampler"]["steps"]),
+        guidance=float(raw["sampler"]["guidance"]),
+        clip_x0=None if clip_x0 is None else float(clip_x0),
+        max_length=int(raw["text"]["max_length"]),
+        files={k: FileEntry(str(v["sha256"]), int(v["size"])) for k, v in raw["files"].items()},
+    )
+
+
+def _component(raw: Mapping[str, Any]) -> Component:
+    return Component(
+        path=str(raw["path"]),
+        precision=str(raw.get("precision", "")),
+        license=str(raw.get("license", "")),
+        parity=dict(raw.get("parity") or {}),
+    )
+
+
+def _check(manifest: Manifest) -> None:
+    for name in ("channels", "reduction", "multiple", "native", "steps", "max_length"):
+        if getattr(manifest, name) < 1:
+            raise ValueError(f"{name} must be positive")
+    if manifest.multiple % manifest.reduction:
+        raise ValueError(f"multiple {manifest.multiple} is not of {manifest.reduction}")
+    needed = [TOKENIZER, SCHEDULER, *(manifest.components[name].path for name in COMPONENTS)]
+    for relative in needed:
+        if relative not in manifest.files:
+            raise ValueError(f"it does not list {relative}")

@@ -1,0 +1,262 @@
+"""From a prompt to a picture: encode the text, denoise the latents, decode the pixels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from litapp import __version__
+from litapp.bundle import Bundle, load
+from litapp.canvas import CanvasPlan, fit, plan_canvas
+from litapp.engines import OnnxNetwork, providers_for
+from litapp.errors import Cancelled, LitappError
+from litapp.images import save_png, to_image
+from litapp.request import Request
+from litapp.samplers import SAMPLERS, NoiseSchedule, Step
+from litapp.text import tokenize
+
+__all__ = ["DEFAULT_MODEL", "CanvasPlan", "Picture", "TextToImage", "plan_canvas"]
+
+DEFAULT_MODEL = "lit-scenes-1k"
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished picture.
+
+    Attributes:
+        image: RGBA, or RGB where every pixel is opaque.
+        parameters: what drew it: all that is needed to draw it again.
+        seconds: wall-clock seconds of ``encode``, ``denoise`` and ``decode``.
+    """
+
+    image: Image.Image
+    parameters: dict[str, Any]
+    seconds: dict[str, float]
+
+    def save(self, path: str | Path, *, metadata: bool = True) -> Path:
+        """Write a PNG, whole or not at all; raises LitappError where it cannot."""
+        save_png(self.image, Path(path), self.parameters if metadata else None)
+        return Path(path)
+
+
+class TextToImage:
+    """Draws pictures with one bundle; make it with :meth:`load`.
+
+    Args:
+        bundle: a model.
+        device: ``auto``, ``cpu``, ``cuda``, ``directml`` or ``coreml``.
+
+    Raises:
+        LitappError: the device is not there, or the bundle asks for a sampler or a noise schedule
+            that this version does not have.
+    """
+
+    def __init__(self, bundle: Bundle, device: str = "auto") -> None:
+        providers_for(device)
+        if bundle.manifest.sampler not in SAMPLERS:
+            raise LitappError(
+                f"model {bundle.manifest.name} asks for the unknown sampler"
+                f" {bundle.manifest.sampler!r}; run: pip install --upgrade litapp"
+            )
+        self.bundle = bundle
+        self.device = device
+        self._schedule = NoiseSchedule.from_config(bundle.scheduler_config)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path = DEFAULT_MODEL, device: str = "auto") -> TextToImage:
+        """Find a bundle, check its files and be ready; networks are read when they are needed."""
+        return cls(load(name_or_path), device)
+
+    def request(
+        self,
+        prompt: str,
+        *,
+        width: int = 1024,
+        height: int = 1024,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        negative_prompt: str = "",
+    ) -> Request:
+        """Check what is asked for and fill in the bundle's defaults, without drawing.
+
+        Raises:
+            LitappError: a value is out of its range, see :class:`litapp.request.Request`.
+        """
+        return Request(
+            prompt=prompt,
+            width=width,
+            height=height,
+            steps=self.bundle.manifest.steps if steps is None else steps,
+            guidance=self.bundle.manifest.guidance if guidance is None else guidance,
+            seed=seed,
+            negative_prompt=negative_prompt,
+        )
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        width: int = 1024,
+        height: int = 1024,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        negative_prompt: str = "",
+        on_step: Callable[[Step], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Picture:
+        """Draw one picture. The same arguments give the same pixels on the same engine.
+
+        Args:
+            prompt, width, height, steps, guidance, seed, negative_prompt: as for :meth:`request`.
+            on_step: called after each denoising step.
+            should_stop: asked before each phase and after each step.
+
+        Raises:
+            LitappError: an argument is out of range, or a network failed or returned NaN.
+            Cancelled: ``should_stop`` said so.
+        """
+        request = self.request(
+            prompt,
+            width=width,
+            height=height,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            negative_prompt=negative_prompt,
+        )
+        manifest = self.bundle.manifest
+        plan = plan_canvas(width, height, manifest.native, manifest.multiple)
+        seconds: dict[str, float] = {}
+
+        with _phase("encode", seconds, should_stop):
+            text = self._encode(request)
+        with _phase("denoise", seconds, should_stop):
+            latents = self._denoise(text, request, plan, on_step, should_stop)
+        with _phase("decode", seconds, should_stop):
+            image = to_image(fit(self._decode(latents, plan), plan))
+        return Picture(image, self._parameters(request), seconds)
+
+    def _network(self, component: str, *outputs: str) -> OnnxNetwork:
+        return OnnxNetwork(self.bundle.component(component), self.device, outputs)
+
+    def _encode(self, request: Request) -> dict[str, NDArray[Any]]:
+        """The transformer's text inputs, for the prompt and, where guided, the negative prompt."""
+        prompts = [request.prompt]
+        if request.guidance != 1:
+            prompts.append(request.negative_prompt)
+        ids, mask = tokenize(self.bundle.tokenizer, prompts, self.bundle.manifest.max_length)
+        network = self._network("text_encoder", "last_hidden_state", "pooled")
+        states, pooled = network(input_ids=ids, attention_mask=mask)
+        return {
+            "encoder_hidden_states": _checked(states, (*ids.shape, -1), "text encoder"),
+            "encoder_attention_mask": mask,
+            "pooled_projections": _checked(pooled, (len(ids), -1), "text encoder"),
+        }
+
+    def _denoise(
+        self,
+        text: dict[str, NDArray[Any]],
+        request: Request,
+        plan: CanvasPlan,
+        on_step: Callable[[Step], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> Floats:
+        """Latents (1, C, h, w) from noise, with classifier-free guidance (arXiv 2207.12598)."""
+        manifest = self.bundle.manifest
+        network = self._network("transformer", "sample")
+        batch = len(text["pooled_projections"])
+
+        def model(x: NDArray[Any], t: int) -> NDArray[Any]:
+            (output,) = network(
+                hidden_states=np.repeat(x, batch, axis=0),
+                timestep=np.full(batch, t, dtype=np.float32),
+                **text,
+            )
+            channels, height, width = x.shape[1:]
+            _checked(output, (batch, 2 * channels, height, width), "transformer")
+            if batch == 1:
+                return output
+            wanted, unwanted = output[:1], output[1:]
+            # The variance is the prompt's own: only the mean is guided.
+            guided = unwanted + np.float32(request.guidance) * (wanted - unwanted)
+            return np.concatenate([guided[:, :channels], wanted[:, channels:]], axis=1)
+
+        def after_step(step: Step) -> None:
+            if on_step:
+                on_step(step)
+            if should_stop and should_stop():
+                raise Cancelled
+
+        width, height = (side // manifest.reduction for side in plan.canvas)
+        rng = np.random.Generator(np.random.PCG64(request.seed))
+        noise = rng.standard_normal((1, manifest.channels, height, width), dtype=np.float32)
+        timesteps = self._schedule.timesteps(request.steps)
+        return SAMPLERS[manifest.sampler](
+            model,
+            noise,
+            self._schedule,
+            timesteps,
+            rng=rng,
+            clip_x0=manifest.clip_x0,
+            callback=after_step,
+        )
+
+    def _decode(self, latents: Floats, plan: CanvasPlan) -> Floats:
+        """Premultiplied RGBA (H, W, 4) in [0, 1]."""
+        width, height = plan.canvas
+        (sample,) = self._network("vae_decoder", "sample")(latent_sample=latents)
+        _checked(sample, (1, 4, height, width), "decoder")
+        return np.clip(sample[0].transpose(1, 2, 0), 0, 1)
+
+    def _parameters(self, request: Request) -> dict[str, Any]:
+        manifest = self.bundle.manifest
+        return {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "seed": request.seed,
+            "steps": request.steps,
+            "guidance": request.guidance,
+            "width": request.width,
+            "height": request.height,
+            "sampler": manifest.sampler,
+            "model": manifest.name,
+            "model_digest": self.bundle.digest,
+            "version": __version__,
+        }
+
+
+@contextmanager
+def _phase(
+    name: str, seconds: dict[str, float], should_stop: Callable[[], bool] | None
+) -> Iterator[None]:
+    if should_stop and should_stop():
+        raise Cancelled
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def _checked(values: NDArray[Any], shape: tuple[int, ...], component: str) -> NDArray[Any]:
+    """``values``, if they are of ``shape`` (-1 is any length) and all finite."""
+    lengths = zip(values.shape, shape, strict=False)
+    if values.ndim != len(shape) or any(-1 != want != have for have, want in lengths):
+        raise LitappError(f"the {component} returned the shape {values.shape}, not {shape}")
+    if not np.isfinite(values).all():
+        raise LitappError(
+            f"the {component} returned NaN or infinite values, so no picture was kept;"
+            " try another seed, a lower guidance or --device cpu"
+        )
+    return values

@@ -1,0 +1,173 @@
+"""``litapp train-vae``: train the RGBA autoencoder on crops of rendered scenes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from litapp.errors import LitappError
+from litapp.folders import replace_folder
+from litapp.models.autoencoder import SceneAutoencoder
+from litapp.training.data.art import SpriteStore, load_concepts
+from litapp.training.data.scenes import Mix, render, sample_scene
+from litapp.training.loop import LoopConfig, train
+from litapp.training.recipe import from_table, load_recipe
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """Crops of the rendered pictures; sizes in pixels of the full picture."""
+
+    picture: int = 1024
+    crop: int = 256
+    crops_per_picture: int = 4
+
+
+class SceneCrops(IterableDataset):
+    """Endless (4, crop, crop) float crops in [0, 1]; a function of (seed, start) alone."""
+
+    def __init__(self, store: SpriteStore, mix: Mix, config: CropConfig, seed: int, start: int):
+        self.store, self.mix, self.config = store, mix, config
+        self.seed, self.start = seed, start
+
+    def __iter__(self) -> Iterator[Tensor]:
+        concepts = load_concepts()
+        per_picture = self.config.crops_per_picture
+        waiting: list[np.ndarray] = []
+        # A pool of several pictures is emptied at random, so that a batch mixes them.
+        picture = self.start // per_picture
+        while True:
+            rng = np.random.default_rng((self.seed, picture))
+            scene = sample_scene(rng, concepts, self.mix)
+            pixels = render(scene, self.store, self.config.picture, self.config.picture)
+            waiting += [self._crop(pixels, rng) for _ in range(per_picture)]
+            picture += 1
+            while len(waiting) >= 16 * per_picture:
+                crop = waiting.pop(int(rng.integers(len(waiting))))
+                yield torch.from_numpy(crop).permute(2, 0, 1).float() / 255
+
+    def _crop(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The liveliest of three random crops: plain background teaches little."""
+        size = self.config.crop
+        tries = []
+        for _ in range(3):
+            y, x = rng.integers(0, self.config.picture - size + 1, 2)
+            crop = pixels[y : y + size, x : x + size]
+            tries.append((float(crop[::4, ::4].std(axis=(0, 1)).sum()), crop))
+        return max(tries, key=lambda pair: pair[0])[1].copy()
+
+
+def reconstruction_loss(output: Tensor, target: Tensor, edges: float) -> Tensor:
+    """MSE and L1 on premultiplied RGBA plus L1 on finite differences, which keeps edges sharp.
+
+    Args:
+        edges: weight of the differences. From a fresh start it has to begin at 0: a constant
+            picture has no false edges, and training does not leave it.
+    """
+    loss = 4 * F.mse_loss(output, target) + 0.5 * F.l1_loss(output, target)
+    for dim in (-1, -2):
+        loss = loss + edges * F.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
+    return loss
+
+
+class _Reconstruct(nn.Module):
+    """Encoder and decoder as one module, so that one forward pass sees all parameters."""
+
+    def __init__(self, autoencoder: SceneAutoencoder, frozen_encoder: bool) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        autoencoder.encoder.requires_grad_(not frozen_encoder)
+
+    def forward(self, pixels: Tensor, generator: torch.Generator, noise: float) -> Tensor:
+        small = F.avg_pool2d(pixels, self.autoencoder.encoder_scale)
+        latents = self.autoencoder.encode(small)
+        # Noise in units of each channel's own spread: growing the latents cannot drown it.
+        spread = latents.detach().std(dim=(0, 2, 3), keepdim=True)
+        level = noise * torch.rand(len(pixels), 1, 1, 1, generator=generator)
+        level = level * torch.randn(latents.shape, generator=generator)
+        return self.autoencoder.decode(latents + spread * level)
+
+
+def psnr(output: Tensor, target: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB over premultiplied RGBA in [0, 1]."""
+    return float(-10 * torch.log10(F.mse_loss(output.clamp(0, 1), target)))
+
+
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C reaches the whole process group; the worker must live until the last checkpoint."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _batches(store: SpriteStore, mix: Mix, crops: CropConfig, loop: LoopConfig):
+    def start(step: int) -> Iterator[tuple[int, Tensor]]:
+        dataset = SceneCrops(store, mix, crops, loop.seed, step * loop.batch_size)
+        loader = DataLoader(
+            dataset,
+            loop.batch_size,
+            num_workers=1,
+            prefetch_factor=8,
+            worker_init_fn=_ignore_signals,
+        )
+        return enumerate(loader, step)
+
+    return start
+
+
+@torch.no_grad()
+def measure_latents(autoencoder: SceneAutoencoder, store: SpriteStore, mix: Mix) -> dict:
+    """Per-channel mean and standard deviation of the latents over 128 whole pictures."""
+    concepts, rng = load_concepts(), np.random.default_rng(7)
+    total, squares, count = 0.0, 0.0, 0
+    for _ in range(128):
+        pixels = render(sample_scene(rng, concepts, mix), store, 512, 512)
+        batch = torch.from_numpy(pixels).permute(2, 0, 1).float()[None] / 255
+        latents = autoencoder.encode(batch).double()
+        total = total + latents.sum((0, 2, 3))
+        squares = squares + latents.square().sum((0, 2, 3))
+        count += latents[0, 0].numel()
+    mean = total / count
+    return {
+        "latents_mean": mean.tolist(),
+        "latents_std": (squares / count - mean**2).sqrt().tolist(),
+    }
+
+
+def main(recipe: Path, output: Path, resume: bool) -> None:
+    """Run a recipe with tables ``[art] [mix] [crops] [model] [loop]``; writes ``output/model``."""
+    tables = load_recipe(recipe)
+    store = SpriteStore(Path(tables["art"]["cache"]))
+    mix = from_table(Mix, tables["mix"], "mix")
+    crops = from_table(CropConfig, tables["crops"], "crops")
+    loop = from_table(LoopConfig, tables["loop"], "loop")
+    options = dict(tables.get("model", {}))
+    noise, start = options.pop("latent_noise", 0.1), options.pop("start", None)
+    frozen = options.pop("frozen_encoder", False)
+    if start:
+        autoencoder = SceneAutoencoder.from_pretrained(start)
+    else:
+        autoencoder = SceneAutoencoder(**options)
+    if frozen and not start:
+        raise LitappError("recipe, [model]: frozen_encoder needs start = FOLDER")
+
+    def loss_function(model: nn.Module, batch: tuple[int, Tensor], generator: torch.Generator):
+        step, target = batch
+        result = model(target, generator, noise)
+        edges = 1.0 if start else min(step / (0.3 * loop.steps), 1.0)
+        loss = reconstruction_loss(result, target, edges)
+        return loss, {"psnr": psnr(result.detach(), target)}
+
+    wrapped = _Reconstruct(autoencoder, frozen)
+    train(wrapped, loss_function, _batches(store, mix, crops, loop), loop, output, resume)
+    if not frozen:
+        autoencoder.register_to_config(**measure_latents(autoencoder.eval(), store, mix))
+    with replace_folder(output / "model") as partial:
+        autoencoder.save_pretrained(partial)

@@ -1,0 +1,1 @@
+"""Captioned RGBA scenes from vector art, and a user's own pictures."""

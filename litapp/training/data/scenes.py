@@ -1,0 +1,217 @@
+"""The scene generator: a seeded grammar of things, places and backgrounds with exact captions.
+
+A :class:`Scene` is pure data; :func:`render` turns it into premultiplied RGBA at any size, so that
+one scene gives the same picture small (for the encoder) and large (for the decoder's target).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from litapp.training.data import backgrounds
+from litapp.training.data.art import Concept, SpriteStore
+from litapp.training.data.words import article, plural
+
+# Hue in turns (HSV); None for the colours that have no hue.
+TINTS: dict[str, float | None] = {
+    "red": 0.99,
+    "orange": 0.08,
+    "yellow": 0.15,
+    "green": 0.33,
+    "blue": 0.6,
+    "purple": 0.77,
+    "pink": 0.91,
+    "gray": None,
+}
+STYLE_WORDS = {
+    "glossy": ("glossy 3D", "3D", "glossy"),
+    "flat": ("flat", "flat vector", "flat style"),
+    "noto": ("noto style",),
+    "twemoji": ("twemoji style",),
+}
+RELATIONS = {
+    "left": ("to the left of", "left of", "on the left of"),
+    "above": ("above", "over"),
+}
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sprite: centre and size as fractions of the picture (size: of its short side)."""
+
+    concept: Concept
+    style: str
+    x: float
+    y: float
+    size: float
+    tint: str | None = None
+    angle: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is drawn and the words that say so."""
+
+    items: tuple[Item, ...]
+    background: backgrounds.Background
+    caption: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How often each kind of scene, background and style is drawn (weights, any scale)."""
+
+    kinds: dict[str, float] = field(default_factory=lambda: {"single": 1.0})
+    backgrounds: dict[str, float] = field(
+        default_factory=lambda: {"white": 0.35, "transparent": 0.25, "solid": 0.4}
+    )
+    styles: dict[str, float] = field(default_factory=lambda: {"glossy": 1.0})
+    jitter: float = 0.04
+
+
+def held_out(first: str, second: str) -> bool:
+    """Whether this object-colour or object-object pair is kept from training (about 5 %)."""
+    digest = hashlib.sha256("|".join(sorted((first, second))).encode()).digest()
+    return digest[0] < 13
+
+
+def _choose(rng: np.random.Generator, weights: dict) -> str:
+    keys = list(weights)
+    p = np.array([weights[k] for k in keys], dtype=float)
+    return keys[rng.choice(len(keys), p=p / p.sum())]
+
+
+def _pick(rng: np.random.Generator, options: tuple | list):
+    return options[rng.integers(len(options))]
+
+
+def _noun(rng: np.random.Generator, concept: Concept, adjective: str = "", count: int = 1) -> str:
+    """The noun phrase of an item, with its article or number."""
+    # The first name is the concept's own; synonyms are rarer so that it stays the strongest.
+    name = concept.name if rng.random() < 0.7 else _pick(rng, concept.names)
+    if count > 1:
+        return " ".join(filter(None, (NUMBERS[count], adjective, plural(name))))
+    phrase = f"{adjective} {name}".strip()
+    return phrase if concept.mass else article(phrase)
+
+
+def _tintable(concept: Concept, tint: str) -> bool:
+    names_a_colour = any(word in TINTS for word in concept.name.split())
+    return not names_a_colour and not held_out(concept.name, tint)
+
+
+def _subject(rng, concepts, mix: Mix, kind: str, style: str) -> tuple[list[Item], str]:
+    """Items and noun phrase for one kind of scene."""
+    jitter = lambda: float(rng.uniform(-mix.jitter, mix.jitter))  # noqa: E731
+    first = _pick(rng, concepts)
+    if kind == "single":
+        size = float(rng.uniform(0.74, 0.92))
+        return [Item(first, style, 0.5 + jitter(), 0.5 + jitter(), size)], _noun(rng, first)
+    if kind == "tinted":
+        tint = _pick(rng, list(TINTS))
+        while not _tintable(first, tint):
+            first, tint = _pick(rng, concepts), _pick(rng, list(TINTS))
+        item = Item(
+            first, style, 0.5 + jitter(), 0.5 + jitter(), float(rng.uniform(0.74, 0.92)), tint
+        )
+        return [item], _noun(rng, first, tint)
+    if kind == "count":
+        while first.mass:
+            first = _pick(rng, concepts)
+        count = int(rng.integers(2, 5))
+        places = {
+            2: [(0.27, 0.5), (0.73, 0.5)],
+            3: [(0.5, 0.28), (0.27, 0.72), (0.73, 0.72)],
+            4: [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)],
+        }[count]
+        items = [Item(first, style, x + jitter() / 2, y + jitter() / 2, 0.42) for x, y in places]
+        return items, _noun(rng, first, count=count)
+    second = _pick(rng, concepts)
+    while second is first or held_out(first.name, second.name):
+        second = _pick(rng, concepts)
+    return _pair(rng, first, second, style, jitter)
+
+
+def _pair(rng, first: Concept, second: Concept, style: str, jitter) -> tuple[list[Item], str]:
+    """Two objects: ``A and B``, ``A left of B`` or ``A above B``."""
+    relation = _pick(rng, ("and", "left", "above"))
+    if relation == "above":
+        places = [(0.5, 0.27), (0.5, 0.74)]
+    else:
+        places = [(0.27, 0.5), (0.73, 0.5)]
+    items = [
+        Item(concept, style, x + jitter() / 2, y + jitter() / 2, 0.44)
+        for concept, (x, y) in zip((first, second), places, strict=True)
+    ]
+    words = "and" if relation == "and" else _pick(rng, RELATIONS[relation])
+    return items, f"{_noun(rng, first)} {words} {_noun(rng, second)}"
+
+
+def sample_scene(rng: np.random.Generator, concepts: list[Concept], mix: Mix) -> Scene:
+    """Draw one captioned scene; the same generator state gives the same scene."""
+    kind = _choose(rng, mix.kinds)
+    style = _choose(rng, mix.styles)
+    items, words = _subject(rng, concepts, mix, kind, style)
+    background = backgrounds.sample(rng, _choose(rng, mix.backgrounds))
+    # Glossy is the house style and mostly goes unsaid; every other style is always named.
+    if style != "glossy" or rng.random() < 0.1:
+        style_words = _pick(rng, STYLE_WORDS[style])
+        words = f"{words}, {style_words}" if rng.random() < 0.5 else f"{style_words} {words}"
+    return Scene(tuple(items), background, background.caption(rng, words), kind)
+
+
+def tint_sprite(rgba: np.ndarray, tint: str) -> np.ndarray:
+    """Recolour the saturated pixels of a straight-alpha RGBA image towards ``tint``."""
+    hsv = np.array(Image.fromarray(rgba[..., :3]).convert("HSV"))
+    hue = TINTS[tint]
+    coloured = hsv[..., 1] > 40
+    if hue is None:
+        hsv[..., 1][coloured] = hsv[..., 1][coloured] // 8
+    else:
+        hsv[..., 0][coloured] = int(hue * 255)
+        if tint == "pink":
+            hsv[..., 1][coloured] = hsv[..., 1][coloured] * 0.6
+    rgb = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    return np.concatenate([rgb, rgba[..., 3:]], axis=-1)
+
+
+def _sprite_image(store: SpriteStore, item: Item, pixels: int) -> Image.Image:
+    """The item's sprite at ``pixels`` square, premultiplied (mode RGBa)."""
+    sprite = Image.fromarray(np.asarray(store.sprite(item.style, item.concept.icon)), "RGBa")
+    sprite = sprite.resize((pixels, pixels), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    if item.tint:
+        straight = np.asarray(sprite.convert("RGBA"))
+        sprite = Image.fromarray(tint_sprite(straight, item.tint), "RGBA").convert("RGBa")
+    if item.angle:
+        sprite = sprite.rotate(item.angle, Image.Resampling.BICUBIC)
+    return sprite
+
+
+def render(scene: Scene, store: SpriteStore, width: int, height: int) -> np.ndarray:
+    """Draw the scene: (height, width, 4) uint8 premultiplied RGBA."""
+    canvas = backgrounds.render(scene.background, width, height)
+    for item in scene.items:
+        pixels = max(1, round(item.size * min(width, height)))
+        sprite = np.asarray(_sprite_image(store, item, pixels))
+        _over(
+            canvas, sprite, round(item.x * width - pixels / 2), round(item.y * height - pixels / 2)
+        )
+    return canvas
+
+
+def _over(canvas: np.ndarray, sprite: np.ndarray, left: int, top: int) -> None:
+    """Porter-Duff ``over`` for premultiplied uint8, clipped to the canvas, in place."""
+    height, width = canvas.shape[:2]
+    x0, y0 = max(left, 0), max(top, 0)
+    x1, y1 = min(left + sprite.shape[1], width), min(top + sprite.shape[0], height)
+    if x0 >= x1 or y0 >= y1:
+        return
+    source = sprite[y0 - top : y1 - top, x0 - left : x1 - left].astype(np.uint16)
+    target = canvas[y0:y1, x0:x1]
+    target[:] = source + (target * (255 - source[..., 3:]) + 127) // 255

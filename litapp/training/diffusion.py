@@ -1,0 +1,167 @@
+"""``litapp train-teacher`` and ``litapp train-kd``: train a transformer on cached latents.
+
+Both are one loop: with a teacher the student inherits its weights and the hybrid distillation
+terms join the diffusion loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from litapp.errors import LitappError
+from litapp.folders import replace_folder
+from litapp.models.autoencoder import SceneAutoencoder
+from litapp.models.inherit import inherit
+from litapp.models.lit import LiTTransformer2DModel
+from litapp.models.text_encoder import load_text_encoder
+from litapp.training.data.art import SpriteStore
+from litapp.training.latents import (
+    CacheConfig,
+    LatentData,
+    build_folder_cache,
+    build_scene_cache,
+)
+from litapp.training.loop import LoopConfig, train
+from litapp.training.losses import Diffusion, Distillation, diffusion_loss, distillation_loss
+from litapp.training.recipe import from_table, load_recipe
+from litapp.training.samples import SampleConfig, Sampler
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The ``[diffusion]`` table: noise schedule and loss."""
+
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    caption_dropout: float = 0.1
+    vlb_weight: float = 1e-3
+    text_length: int = 32
+
+    def scheduler(self) -> DDPMScheduler:
+        """The schedule as diffusers writes it down; the bundle carries the same file."""
+        return DDPMScheduler(
+            beta_start=self.beta_start,
+            beta_end=self.beta_end,
+            beta_schedule="linear",
+            prediction_type="v_prediction",
+            variance_type="learned_range",
+            timestep_spacing="trailing",
+            clip_sample=False,
+        )
+
+
+def _load(kind: type, folder: Path, role: str):
+    if not (folder / "config.json").is_file():
+        raise LitappError(f"there is no {role} in {folder}: it needs config.json and safetensors")
+    try:
+        return kind.from_pretrained(folder, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, KeyError) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise LitappError(f"cannot load the {role} from {folder}: {reason}") from error
+
+
+def _model(tables: dict, student: Path | None, teacher: nn.Module | None) -> LiTTransformer2DModel:
+    """The network to train: read from a folder, or fresh and then inheriting from the teacher."""
+    options = dict(tables["model"])
+    start = student or options.pop("start", None)
+    if start:
+        return _load(LiTTransformer2DModel, Path(start), "student")
+    torch.manual_seed(tables["loop"].get("seed", 0))
+    model = LiTTransformer2DModel(**options)
+    model.initialise()
+    if teacher is not None:
+        try:
+            report = inherit(model, teacher)
+        except ValueError as error:
+            raise LitappError(f"this teacher does not fit the student: {error}") from error
+        print(f"{len(report.inherited)} tensors inherited, {len(report.fresh)} fresh")
+    return model
+
+
+def _caches(tables: dict, autoencoder: SceneAutoencoder, output: Path, data: Path | None) -> list:
+    if data is not None:
+        size = tables["model"]["sample_size"] * autoencoder.reduction
+        return [build_folder_cache(data, output / "latents", autoencoder, size)]
+    store = SpriteStore(Path(tables["art"]["cache"]))
+    configs = [from_table(CacheConfig, table, "data") for table in tables["data"]]
+    return [build_scene_cache(config, store, autoencoder) for config in configs]
+
+
+def main(
+    recipe: Path,
+    output: Path,
+    resume: bool,
+    teacher: Path | None = None,
+    student: Path | None = None,
+    data: Path | None = None,
+) -> None:
+    """Run a recipe; writes ``output/model/{transformer,autoencoder,scheduler}``.
+
+    Args:
+        teacher: folder of a LiTTransformer2DModel to inherit from and to distil.
+        student: folder of weights to start from instead of the recipe's ``[model]``.
+        data: an imagefolder to train on instead of the recipe's ``[[data]]``.
+
+    Raises:
+        LitappError: a folder, recipe or picture that cannot be used; nothing was written then.
+    """
+    tables = load_recipe(recipe)
+    loop = from_table(LoopConfig, tables["loop"], "loop")
+    config = from_table(DiffusionConfig, tables.get("diffusion", {}), "diffusion")
+    weights = from_table(Distillation, tables.get("distillation", {}), "distillation")
+    samples = from_table(SampleConfig, tables.get("samples", {}), "samples")
+    autoencoder = _load(SceneAutoencoder, Path(tables["autoencoder"]["path"]), "autoencoder").eval()
+    mentor = _load(LiTTransformer2DModel, teacher, "teacher").eval() if teacher else None
+    model = _model(tables, student, mentor)
+    tokenizer, encoder = load_text_encoder()
+    caches = _caches(tables, autoencoder, output, data)
+    latents = LatentData(caches, tokenizer, encoder, config.text_length)
+    scheduler = config.scheduler()
+    diffusion = Diffusion(scheduler)
+
+    def loss_function(model: nn.Module, batch: dict, generator: torch.Generator):
+        x0 = batch.pop("latents")
+        t = torch.randint(diffusion.steps, (len(x0),), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        x_t = diffusion.add_noise(x0, noise, t)
+        out = model(x_t, timestep=t, **batch, return_dict=False)[0]
+        loss, figures = diffusion_loss(diffusion, out, x0, noise, x_t, t, config.vlb_weight)
+        if mentor is not None:
+            term, more = _distil(diffusion, mentor, out, x_t, t, batch, weights)
+            loss, figures = loss + term, {**figures, **more}
+        return loss, figures
+
+    def batches(step: int):
+        return latents.batches(step, loop.batch_size, config.caption_dropout, loop.seed)
+
+    sampler = Sampler(samples, scheduler, autoencoder, tokenizer, encoder, config.text_length)
+
+    def on_sample(model: nn.Module, step: int) -> None:
+        sampler.grid(model, output / "samples" / f"step-{step:06d}.png")
+
+    train(model, loss_function, batches, loop, output, resume, on_sample)
+    with replace_folder(output / "model") as partial:
+        model.save_pretrained(partial / "transformer")
+        autoencoder.save_pretrained(partial / "autoencoder")
+        scheduler.save_pretrained(partial / "scheduler")
+
+
+def _distil(
+    diffusion: Diffusion,
+    mentor: nn.Module,
+    out: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    batch: dict,
+    weights: Distillation,
+) -> tuple[Tensor, dict[str, float]]:
+    """The hybrid distillation term: the teacher sees the same noise, timestep and condition."""
+    with torch.no_grad():
+        target = mentor(x_t, timestep=t, **batch, return_dict=False)[0]
+    return distillation_loss(diffusion, out, target, x_t, t, weights)

@@ -1,0 +1,162 @@
+"""Cached latents and text states: what the transformer trains on, computed once.
+
+A cache is a folder of shards (``shard-00000.safetensors``: latents and their captions), each of one
+picture size. It is built shard by shard, so an interrupted build goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from litapp.errors import LitappError
+from litapp.models.autoencoder import SceneAutoencoder
+from litapp.models.text_encoder import TextEncoder, encode_texts
+from litapp.training.data.art import SpriteStore, load_concepts
+from litapp.training.data.folder import read_folder
+from litapp.training.data.scenes import Mix, render, sample_scene
+from litapp.training.recipe import from_table
+
+SHARD = 128
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """One ``[[data]]`` table of a recipe.
+
+    ``sizes`` holds [width, height, weight]; ``pictures`` is rounded up to whole shards.
+    """
+
+    folder: str
+    pictures: int
+    sizes: list[list[float]] = field(default_factory=lambda: [[1024, 1024, 1.0]])
+    mix: dict = field(default_factory=dict)
+    seed: int = 0
+
+
+def _save_shard(path: Path, latents: list[Tensor], captions: list[str]) -> None:
+    partial = path.with_suffix(".partial")
+    tensors = {"latents": torch.stack(latents).half()}
+    save_file(tensors, partial, metadata={"captions": json.dumps(captions)})
+    partial.replace(path)
+
+
+@torch.no_grad()
+def _encode(autoencoder: SceneAutoencoder, pictures: list[np.ndarray]) -> Tensor:
+    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    return autoencoder.normalise(autoencoder.encode(batch))
+
+
+def build_scene_cache(
+    config: CacheConfig, store: SpriteStore, autoencoder: SceneAutoencoder
+) -> Path:
+    """Render, encode and store the scenes of one ``[[data]]`` table; returns the folder."""
+    folder = Path(config.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mix, concepts = from_table(Mix, config.mix, "data.mix"), load_concepts()
+    weights = np.array([size[2] for size in config.sizes])
+    for shard in track(range(-(-config.pictures // SHARD)), f"latents {folder.name}"):
+        path = folder / f"shard-{shard:05d}.safetensors"
+        if path.exists():
+            continue
+        rng = np.random.default_rng((config.seed, shard))
+        width, height, _ = config.sizes[rng.choice(len(weights), p=weights / weights.sum())]
+        side = (int(width) // autoencoder.encoder_scale, int(height) // autoencoder.encoder_scale)
+        latents: list[Tensor] = []
+        captions: list[str] = []
+        while len(latents) < SHARD:
+            scenes = [sample_scene(rng, concepts, mix) for _ in range(8)]
+            latents += _encode(autoencoder, [render(scene, store, *side) for scene in scenes])
+            captions += [scene.caption for scene in scenes]
+        _save_shard(path, latents, captions)
+    return folder
+
+
+def build_folder_cache(data: Path, folder: Path, autoencoder: SceneAutoencoder, size: int) -> Path:
+    """Encode a user's own pictures (imagefolder with ``metadata.jsonl``), cropped square."""
+    folder.mkdir(parents=True, exist_ok=True)
+    side = size // autoencoder.encoder_scale
+    pending: tuple[list[Tensor], list[str]] = ([], [])
+    shard = 0
+    for picture, caption in read_folder(data, side):
+        pending[0].append(_encode(autoencoder, [picture])[0])
+        pending[1].append(caption)
+        if len(pending[0]) == SHARD:
+            _save_shard(folder / f"shard-{shard:05d}.safetensors", *pending)
+            pending, shard = ([], []), shard + 1
+    if pending[0]:
+        _save_shard(folder / f"shard-{shard:05d}.safetensors", *pending)
+    return folder
+
+
+class LatentData:
+    """All shards in memory, grouped by size, with their captions encoded.
+
+    Args:
+        folders: caches to train on together.
+        text_length: tokens that captions are padded or cut to.
+
+    Raises:
+        LitappError: the folders hold no shard.
+    """
+
+    def __init__(
+        self, folders: list[Path], tokenizer: Tokenizer, encoder: TextEncoder, text_length: int = 32
+    ) -> None:
+        groups: dict[tuple[int, ...], list[Tensor]] = {}
+        captions: dict[tuple[int, ...], list[str]] = {}
+        for path in sorted(p for folder in folders for p in folder.glob("shard-*.safetensors")):
+            with safe_open(path, "pt") as file:
+                latents = file.get_tensor("latents")
+                words = json.loads(file.metadata()["captions"])
+            groups.setdefault(tuple(latents.shape[1:]), []).append(latents)
+            captions.setdefault(tuple(latents.shape[1:]), []).extend(words)
+        if not groups:
+            raise LitappError(
+                f"no latents in {', '.join(map(str, folders))}: build the cache first"
+            )
+        self.latents = [torch.cat(group) for group in groups.values()]
+        unique = sorted({"", *(words for group in captions.values() for words in group)})
+        row = {words: index for index, words in enumerate(unique)}
+        self.rows = [torch.tensor([row[w] for w in group]) for group in captions.values()]
+        self.empty = row[""]
+        texts = encode_texts(tokenizer, encoder, unique, text_length)
+        self.states, self.pooled = texts["states"].half(), texts["pooled"]
+        self.mask = texts["mask"]
+
+    def __len__(self) -> int:
+        return sum(len(group) for group in self.latents)
+
+    def batches(self, start: int, size: int, dropout: float, seed: int) -> Iterator[dict]:
+        """Endless batches of one size each, a function of (seed, step): latents and conditions.
+
+        Args:
+            dropout: share of captions replaced by the empty one, for classifier-free guidance
+                (arXiv 2207.12598).
+        """
+        weights = torch.tensor([float(len(group)) for group in self.latents])
+        step = start
+        while True:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            group = int(torch.multinomial(weights, 1, generator=generator))
+            chosen = torch.randint(len(self.latents[group]), (size,), generator=generator)
+            rows = self.rows[group][chosen]
+            dropped = torch.rand(size, generator=generator) < dropout
+            rows = torch.where(dropped, self.empty, rows)
+            yield {
+                "latents": self.latents[group][chosen].float(),
+                "encoder_hidden_states": self.states[rows].float(),
+                "encoder_attention_mask": self.mask[rows],
+                "pooled_projections": self.pooled[rows],
+            }
+            step += 1

@@ -1,0 +1,242 @@
+"""The training loop that every stage shares: optimise, average, log, checkpoint, resume.
+
+Randomness is a function of (seed, step) alone, so that a resumed run continues to the bit and a
+checkpoint needs no generator states.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.optimization import get_scheduler
+
+from litapp.errors import LitappError
+from litapp.folders import replace_folder
+from litapp.training.muon import Muon
+
+LossFunction = Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and how hard to train; the ``[loop]`` table of a recipe."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    optimizer: str = "adamw"
+    warmup_steps: int = 100
+    schedule: str = "cosine"
+    decay_steps: int = 0
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "auto"
+    checkpoint_minutes: float = 5.0
+    sample_every: int = 500
+    log_every: int = 20
+    seed: int = 0
+
+
+def choose_precision(requested: str) -> str:
+    """``auto`` is bf16 where the hardware multiplies it, else fp32: emulated bf16 is 10x slower."""
+    if requested != "auto":
+        return requested
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
+
+
+def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    adamw = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW([p for _, p in named], **adamw)]
+    if config.optimizer != "muon":
+        raise LitappError(f"unknown optimizer {config.optimizer!r}: use adamw or muon")
+    matrices = [p for n, p in named if p.ndim == 2 and "blocks." in n and "table" not in n]
+    chosen = {id(p) for p in matrices}
+    muon = Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return [muon, torch.optim.AdamW([p for _, p in named if id(p) not in chosen], **adamw)]
+
+
+def _schedulers(optimizers: list, config: LoopConfig) -> list:
+    specific = {}
+    if config.schedule == "warmup_stable_decay":
+        specific = {"scheduler_specific_kwargs": {"num_decay_steps": config.decay_steps}}
+    return [
+        get_scheduler(
+            config.schedule,
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.steps,
+            **specific,
+        )
+        for optimizer in optimizers
+    ]
+
+
+class _StopRequested:
+    """Turns SIGTERM and SIGINT into "stop after this step, with a checkpoint"."""
+
+    def __init__(self) -> None:
+        self.now = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._set)
+
+    def _set(self, *_: object) -> None:
+        self.now = True
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, ema: EMAModel, optimizers: list, schedulers: list
+) -> None:
+    """Write ``folder`` whole: model, average, optimiser states and the step."""
+    with replace_folder(folder) as partial:
+        save_file(dict(model.state_dict()), partial / "model.safetensors")
+        averages = {str(i): p for i, p in enumerate(ema.shadow_params)}
+        save_file(averages, partial / "ema.safetensors")
+        torch.save(
+            {
+                "optimizers": [o.state_dict() for o in optimizers],
+                "schedulers": [s.state_dict() for s in schedulers],
+            },
+            partial / "optimizer.pt",
+        )
+        (partial / "state.json").write_text(
+            json.dumps({"step": step, "ema_steps": ema.optimization_step})
+        )
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, ema: EMAModel, optimizers: list, schedulers: list
+) -> int:
+    """Restore what :func:`save_checkpoint` wrote and return its step."""
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        averages = load_file(folder / "ema.safetensors")
+        states = torch.load(folder / "optimizer.pt", weights_only=True)
+        progress = json.loads((folder / "state.json").read_text())
+        for kind, group in (("optimizers", optimizers), ("schedulers", schedulers)):
+            for target, state in zip(group, states[kind], strict=True):
+                target.load_state_dict(state)
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise LitappError(f"cannot resume from {folder}: {error}".splitlines()[0]) from error
+    for index, shadow in enumerate(ema.shadow_params):
+        shadow.copy_(averages[str(index)])
+    ema.optimization_step = progress["ema_steps"]
+    return progress["step"]
+
+
+def train(
+    model: nn.Module,
+    loss_function: LossFunction,
+    batches: Callable[[int], Iterator[Any]],
+    config: LoopConfig,
+    output: Path,
+    resume: bool,
+    on_sample: Callable[[nn.Module, int], None] | None = None,
+) -> bool:
+    """Train ``model`` in place and leave it holding the averaged weights.
+
+    Args:
+        loss_function: ``(model, batch, generator) -> (loss, figures)``; the generator is seeded by
+            the step.
+        batches: ``start_step -> iterator``, one batch per step from there on, the same every time.
+        output: gets ``metrics.jsonl`` and ``checkpoint/``.
+        resume: go on from ``output/checkpoint`` where there is one.
+        on_sample: called with the averaged weights in place, every ``sample_every`` steps.
+
+    Returns:
+        Whether all steps were done; False when a signal asked to stop early.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(mixed_precision=choose_precision(config.precision))
+    optimizers = make_optimizers(model, config)
+    schedulers = _schedulers(optimizers, config)
+    raw = model
+    model, *prepared = accelerator.prepare(model, *optimizers)
+    ema = EMAModel(raw.parameters(), decay=config.ema_decay, foreach=True)
+    stop = _StopRequested()
+    checkpoint = output / "checkpoint"
+    step = 0
+    if resume and checkpoint.is_dir():
+        step = load_checkpoint(checkpoint, raw, ema, optimizers, schedulers)
+    saved = time.monotonic()
+    source = batches(step)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("training", total=config.steps, completed=step)
+        started, first = time.monotonic(), step
+        while step < config.steps and not stop.now:
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            with accelerator.autocast():
+                loss, figures = loss_function(model, next(source), generator)
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(raw.parameters(), config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise LitappError(f"step {step}: the gradient is not finite; lower learning_rate")
+            for optimizer, scheduler in zip(prepared, schedulers, strict=True):
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad(set_to_none=True)
+            ema.step(raw.parameters())
+            step += 1
+            progress.update(task, completed=step, description=f"loss {loss.item():.4f}")
+            if step % config.log_every == 0 and accelerator.is_main_process:
+                rate = (step - first) * config.batch_size / (time.monotonic() - started)
+                _log(output, step, loss.item(), float(norm), rate, schedulers[0], figures)
+            if accelerator.is_main_process:
+                if time.monotonic() - saved > config.checkpoint_minutes * 60:
+                    save_checkpoint(checkpoint, step, raw, ema, optimizers, schedulers)
+                    saved = time.monotonic()
+                if on_sample and step % config.sample_every == 0:
+                    _with_average(raw, ema, lambda at=step: on_sample(raw, at))
+    if accelerator.is_main_process:
+        save_checkpoint(checkpoint, step, raw, ema, optimizers, schedulers)
+    ema.copy_to(raw.parameters())
+    return step >= config.steps
+
+
+def _with_average(model: nn.Module, ema: EMAModel, call: Callable[[], None]) -> None:
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    model.eval()
+    try:
+        with torch.no_grad():
+            call()
+    finally:
+        model.train()
+        ema.restore(model.parameters())
+
+
+def _log(
+    output: Path, step: int, loss: float, norm: float, rate: float, scheduler, figures
+) -> None:
+    row = {
+        "time": round(time.time(), 1),
+        "step": step,
+        "loss": round(loss, 6),
+        "grad_norm": round(norm, 4),
+        "learning_rate": scheduler.get_last_lr()[0],
+        "samples_per_second": round(rate, 2),
+        **{name: round(value, 6) for name, value in figures.items()},
+    }
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")

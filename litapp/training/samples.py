@@ -1,0 +1,81 @@
+"""Sample grids for fixed prompts while a transformer trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from litapp.images import contact_sheet, save_png, to_image
+from litapp.models.autoencoder import SceneAutoencoder
+from litapp.models.text_encoder import TextEncoder, encode_texts
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The ``[samples]`` table: what to draw while training."""
+
+    prompts: list[str] = field(default_factory=list)
+    steps: int = 20
+    guidance: float = 3.0
+    seed: int = 0
+    thumbnail: int = 256
+
+
+class Sampler:
+    """Draws the fixed prompts with DPM-Solver++ (arXiv 2211.01095) and classifier-free guidance."""
+
+    def __init__(
+        self,
+        config: SampleConfig,
+        scheduler: DDPMScheduler,
+        autoencoder: SceneAutoencoder,
+        tokenizer: Tokenizer,
+        encoder: TextEncoder,
+        text_length: int,
+    ) -> None:
+        self.config, self.autoencoder = config, autoencoder
+        self.scheduler = DPMSolverMultistepScheduler.from_config(
+            scheduler.config, variance_type=None, timestep_spacing="trailing"
+        )
+        self.texts = encode_texts(
+            tokenizer, encoder, [*config.prompts, *[""] * len(config.prompts)], text_length
+        )
+
+    @torch.no_grad()
+    def latents(self, model: nn.Module) -> Tensor:
+        """(P, C, h, w) normalised latents, one per prompt, at the model's own size."""
+        count, side = len(self.config.prompts), model.config.sample_size
+        generator = torch.Generator().manual_seed(self.config.seed)
+        x = torch.randn(count, model.config.in_channels, side, side, generator=generator)
+        self.scheduler.set_timesteps(self.config.steps)
+        for t in self.scheduler.timesteps:
+            out = model(
+                torch.cat([x, x]),
+                timestep=t.expand(2 * count),
+                encoder_hidden_states=self.texts["states"],
+                encoder_attention_mask=self.texts["mask"],
+                pooled_projections=self.texts["pooled"],
+                return_dict=False,
+            )[0]
+            wanted, empty = out[:, : x.shape[1]].chunk(2)
+            v = empty + self.config.guidance * (wanted - empty)
+            x = self.scheduler.step(v, t, x, return_dict=False)[0]
+        return x
+
+    @torch.no_grad()
+    def grid(self, model: nn.Module, path: Path) -> None:
+        """Save all prompts' pictures as one sheet; nothing to do without prompts."""
+        if not self.config.prompts:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images = []
+        for latents in self.latents(model).split(1):
+            pixels = self.autoencoder.decode(self.autoencoder.denormalise(latents))[0]
+            images.append(to_image(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())))
+        save_png(contact_sheet(images, columns=8, cell=self.config.thumbnail), path)

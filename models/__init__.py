@@ -1,0 +1,1 @@
+"""Networks: linear attention, the LiT transformer, the RGBA autoencoder, the text encoder."""

