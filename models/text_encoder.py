@@ -13,6 +13,11 @@ from transformers import BertModel
 MAX_LENGTH = 48
 
 
+class _Bert(BertModel):
+    # We pool ourselves; without this, loading warns of the pooler that it leaves out.
+    _keys_to_ignore_on_load_unexpected = [r"pooler\."]  # noqa: RUF012
+
+
 class TextEncoder(nn.Module):
     """MiniLM with the two outputs that LiT conditions on."""
 
@@ -53,7 +58,7 @@ def load_text_encoder(folder: Path | None = None) -> tuple[Tokenizer, TextEncode
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(MAX_LENGTH)
     tokenizer.no_padding()
-    bert = BertModel.from_pretrained(
+    bert = _Bert.from_pretrained(
         folder, add_pooling_layer=False, use_safetensors=True, attn_implementation="sdpa"
     )
     return tokenizer, TextEncoder(bert).eval()

@@ -132,10 +132,13 @@ def test_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_recipes_that_cannot_be_read_are_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(LitappError, match="there is no recipe"):
+    with pytest.raises(LitappError, match=r"cannot read the recipe .*No such file"):
         load_recipe(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("a = [")
     with pytest.raises(LitappError, match="cannot read the recipe"):
         load_recipe(tmp_path / "bad.toml")
+    (tmp_path / "short.toml").write_text("[loop]\n")
+    with pytest.raises(LitappError, match=r"has no \[model\]"):
+        load_recipe(tmp_path / "short.toml", "loop", "model")
     with pytest.raises(LitappError, match=r"\[loop\].*stepz"):
         from_table(LoopConfig, {"stepz": 1}, "loop")

@@ -143,7 +143,7 @@ def measure_latents(autoencoder: SceneAutoencoder, store: SpriteStore, mix: Mix)
 
 def main(recipe: Path, output: Path, resume: bool) -> None:
     """Run a recipe with tables ``[art] [mix] [crops] [model] [loop]``; writes ``output/model``."""
-    tables = load_recipe(recipe)
+    tables = load_recipe(recipe, "art", "mix", "crops", "loop")
     store = SpriteStore(Path(tables["art"]["cache"]))
     mix = from_table(Mix, tables["mix"], "mix")
     crops = from_table(CropConfig, tables["crops"], "crops")

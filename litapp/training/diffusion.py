@@ -84,10 +84,9 @@ def _model(tables: dict, student: Path | None, teacher: nn.Module | None) -> LiT
     return model
 
 
-def _caches(tables: dict, autoencoder: SceneAutoencoder, output: Path, data: Path | None) -> list:
-    if data is not None:
-        size = tables["model"]["sample_size"] * autoencoder.reduction
-        return [build_folder_cache(data, output / "latents", autoencoder, size)]
+def _scene_caches(tables: dict, autoencoder: SceneAutoencoder) -> list[Path]:
+    if "data" not in tables or "art" not in tables:
+        raise LitappError("this recipe has no [art] and [[data]]: give --data FOLDER")
     store = SpriteStore(Path(tables["art"]["cache"]))
     configs = [from_table(CacheConfig, table, "data") for table in tables["data"]]
     return [build_scene_cache(config, store, autoencoder) for config in configs]
@@ -111,7 +110,7 @@ def main(
     Raises:
         LitappError: a folder, recipe or picture that cannot be used; nothing was written then.
     """
-    tables = load_recipe(recipe)
+    tables = load_recipe(recipe, "autoencoder", "model", "loop")
     loop = from_table(LoopConfig, tables["loop"], "loop")
     config = from_table(DiffusionConfig, tables.get("diffusion", {}), "diffusion")
     weights = from_table(Distillation, tables.get("distillation", {}), "distillation")
@@ -120,7 +119,11 @@ def main(
     mentor = _load(LiTTransformer2DModel, teacher, "teacher").eval() if teacher else None
     model = _model(tables, student, mentor)
     tokenizer, encoder = load_text_encoder()
-    caches = _caches(tables, autoencoder, output, data)
+    if data is not None:
+        size = model.config.sample_size * autoencoder.reduction
+        caches = [build_folder_cache(data, output / "latents", autoencoder, size)]
+    else:
+        caches = _scene_caches(tables, autoencoder)
     latents = LatentData(caches, tokenizer, encoder, config.text_length)
     scheduler = config.scheduler()
     diffusion = Diffusion(scheduler)

@@ -14,17 +14,26 @@ else:
     import tomli as tomllib
 
 
-def load_recipe(path: Path) -> dict:
-    """Read a TOML recipe, by path or by the name of one that ships with litapp."""
+def load_recipe(path: Path, *needed: str) -> dict:
+    """Read a TOML recipe, by path or by the name of one that ships with litapp.
+
+    Raises:
+        LitappError: there is none, it cannot be read, or it lacks one of the ``needed`` tables.
+    """
     shipped = resources.files("litapp.training").joinpath("recipes", f"{path}.toml")
     try:
         if not path.exists() and shipped.is_file():
-            return tomllib.loads(shipped.read_text())
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise LitappError(f"there is no recipe {path}") from error
+            tables = tomllib.loads(shipped.read_text())
+        else:
+            tables = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise LitappError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise LitappError(f"cannot read the recipe {path}: {error}") from error
+    for table in needed:
+        if table not in tables:
+            raise LitappError(f"the recipe {path} has no [{table}]")
+    return tables
 
 
 def from_table(kind: type, table: dict, where: str):

@@ -29,7 +29,6 @@ PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
     "twemoji": "@iconify-json/twemoji@1.2.5",
 }
-WORDS_PACKAGE = "emojibase-data@17.0.0"
 SPRITE_SIZE = 1024
 
 

@@ -65,7 +65,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Mix:
-    """How often each kind of scene, background and style is drawn (weights, any scale)."""
+    """How often each kind of scene, background and style is drawn (weights, any scale).
+
+    ``jitter`` is how far places stray, and ``size`` the range of a single object's size, both as
+    fractions of the picture. With neither, a caption has one picture: that is learnt fastest.
+    """
 
     kinds: dict[str, float] = field(default_factory=lambda: {"single": 1.0})
     backgrounds: dict[str, float] = field(
@@ -73,6 +77,7 @@ class Mix:
     )
     styles: dict[str, float] = field(default_factory=lambda: {"glossy": 1.0})
     jitter: float = 0.04
+    size: tuple[float, float] = (0.74, 0.92)
 
 
 def held_out(first: str, second: str) -> bool:
@@ -111,14 +116,14 @@ def _subject(rng, concepts, mix: Mix, kind: str, style: str) -> tuple[list[Item]
     jitter = lambda: float(rng.uniform(-mix.jitter, mix.jitter))  # noqa: E731
     first = _pick(rng, concepts)
     if kind == "single":
-        size = float(rng.uniform(0.74, 0.92))
+        size = float(rng.uniform(*mix.size))
         return [Item(first, style, 0.5 + jitter(), 0.5 + jitter(), size)], _noun(rng, first)
     if kind == "tinted":
         tint = _pick(rng, list(TINTS))
         while not _tintable(first, tint):
             first, tint = _pick(rng, concepts), _pick(rng, list(TINTS))
         item = Item(
-            first, style, 0.5 + jitter(), 0.5 + jitter(), float(rng.uniform(0.74, 0.92)), tint
+            first, style, 0.5 + jitter(), 0.5 + jitter(), float(rng.uniform(*mix.size)), tint
         )
         return [item], _noun(rng, first, tint)
     if kind == "count":

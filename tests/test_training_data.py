@@ -1,0 +1,151 @@
+"""Latent caches, a user's own pictures and the autoencoder's training data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from litapp.errors import LitappError
+from litapp.models.autoencoder import SceneAutoencoder
+from litapp.training.autoencoder import psnr, reconstruction_loss
+from litapp.training.data.folder import read_folder
+from litapp.training.latents import LatentData, build_folder_cache
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> SceneAutoencoder:
+    torch.manual_seed(0)
+    return SceneAutoencoder(
+        latent_channels=4,
+        encoder_widths=(8, 16, 32),
+        encoder_blocks=(1, 1, 1),
+        decoder_widths=(32, 16, 16, 8),
+        decoder_blocks=(1, 1, 1, 1),
+        latents_mean=[0.5, 0.0, 0.0, -0.5],
+        latents_std=[2.0, 1.0, 1.0, 0.5],
+    ).eval()
+
+
+def picture_folder(folder: Path, count: int = 3) -> Path:
+    rows = []
+    for index in range(count):
+        Image.new("RGBA", (40 + index, 30), (255, 0, 0, 128)).save(folder / f"{index}.png")
+        rows.append(json.dumps({"file_name": f"{index}.png", "text": f"picture {index}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+class WordTokenizer:
+    """Stands for MiniLM's tokenizer: the test needs ids, not good ones."""
+
+    def encode_batch(self, texts: list[str]):
+        return [type("Encoding", (), {"ids": [1, *(len(w) for w in t.split()), 2]}) for t in texts]
+
+
+def count_encoder(ids: torch.Tensor, mask: torch.Tensor):
+    states = torch.stack([ids.float(), mask.float()], dim=-1)
+    return states, states.sum(1)
+
+
+def test_encoder_reads_half_size_and_decoder_draws_full_size(autoencoder: SceneAutoencoder) -> None:
+    with torch.no_grad():
+        latents = autoencoder.encode(torch.rand(2, 4, 64, 96))
+        assert latents.shape == (2, 4, 2, 3)
+        assert autoencoder.decode(latents).shape == (2, 4, 128, 192)
+    assert (autoencoder.encoder_scale, autoencoder.reduction) == (2, 64)
+
+
+def test_normalise_and_its_inverse(autoencoder: SceneAutoencoder) -> None:
+    latents = torch.full((1, 4, 1, 1), 1.5)
+    normalised = autoencoder.normalise(latents)
+    assert normalised.flatten().tolist() == pytest.approx([0.5, 1.5, 1.5, 4.0])
+    torch.testing.assert_close(autoencoder.denormalise(normalised), latents)
+
+
+def test_an_autoencoder_without_statistics_says_so() -> None:
+    with pytest.raises(ValueError, match="no latent statistics"):
+        SceneAutoencoder(latent_channels=4).normalise(torch.zeros(1, 4, 1, 1))
+
+
+def test_autoencoder_saves_and_loads_to_the_same_picture(
+    autoencoder: SceneAutoencoder, tmp_path: Path
+) -> None:
+    autoencoder.save_pretrained(tmp_path)
+    again = SceneAutoencoder.from_pretrained(tmp_path, use_safetensors=True).eval()
+    latents = torch.randn(1, 4, 2, 2)
+    with torch.no_grad():
+        assert torch.equal(autoencoder.decode(latents), again.decode(latents))
+
+
+def test_reconstruction_loss_is_as_computed_by_hand() -> None:
+    target, output = torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)
+    output[..., 0] = 0.5
+    # MSE 0.125, L1 0.25; horizontal differences are all 0.5, vertical ones 0.
+    assert float(reconstruction_loss(output, target, edges=0.0)) == pytest.approx(0.625)
+    assert float(reconstruction_loss(output, target, edges=2.0)) == pytest.approx(1.625)
+    assert psnr(output, target) == pytest.approx(10 * np.log10(8), abs=1e-4)
+
+
+def test_own_pictures_become_latents_with_their_captions(
+    autoencoder: SceneAutoencoder, tmp_path: Path
+) -> None:
+    cache = build_folder_cache(picture_folder(tmp_path), tmp_path / "cache", autoencoder, 128)
+    data = LatentData([cache], WordTokenizer(), count_encoder, text_length=6)
+    assert len(data) == 3
+    batch = next(data.batches(0, size=5, dropout=0.0, seed=0))
+    assert batch["latents"].shape == (5, 4, 2, 2)
+    assert batch["encoder_hidden_states"].shape == (5, 6, 2)
+    assert batch["encoder_attention_mask"].sum(1).tolist() == [4] * 5
+
+
+def test_batches_are_a_function_of_the_step(autoencoder: SceneAutoencoder, tmp_path: Path) -> None:
+    cache = build_folder_cache(picture_folder(tmp_path), tmp_path / "cache", autoencoder, 128)
+    data = LatentData([cache], WordTokenizer(), count_encoder, text_length=6)
+    run = data.batches(0, size=2, dropout=0.5, seed=3)
+    third = [next(run) for _ in range(3)][2]
+    again = next(data.batches(2, size=2, dropout=0.5, seed=3))
+    assert all(torch.equal(third[name], again[name]) for name in third)
+
+
+def test_dropped_captions_are_the_empty_prompt(
+    autoencoder: SceneAutoencoder, tmp_path: Path
+) -> None:
+    cache = build_folder_cache(picture_folder(tmp_path), tmp_path / "cache", autoencoder, 128)
+    data = LatentData([cache], WordTokenizer(), count_encoder, text_length=6)
+    batch = next(data.batches(0, size=64, dropout=0.5, seed=0))
+    lengths = batch["encoder_attention_mask"].sum(1)
+    assert set(lengths.tolist()) == {2, 4}
+    assert 16 < int((lengths == 2).sum()) < 48
+
+
+def test_pictures_are_cropped_square_and_premultiplied(tmp_path: Path) -> None:
+    picture, caption = next(read_folder(picture_folder(tmp_path), 16))
+    assert picture.shape == (16, 16, 4)
+    assert picture[8, 8].tolist() == [128, 0, 0, 128]
+    assert caption == "picture 0"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "metadata.jsonl").unlink(), "has no metadata.jsonl"),
+        (lambda folder: (folder / "metadata.jsonl").write_text("{}"), "line 1: needs file_name"),
+        (lambda folder: (folder / "0.png").write_bytes(b"\x89PNG"), "line 1: cannot read"),
+        (lambda folder: (folder / "0.png").unlink(), "line 1: cannot read"),
+    ],
+)
+def test_a_broken_picture_folder_is_one_clear_line(tmp_path: Path, break_it, message: str) -> None:
+    folder = picture_folder(tmp_path)
+    break_it(folder)
+    with pytest.raises(LitappError, match=message):
+        list(read_folder(folder, 16))
+
+
+def test_an_empty_cache_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(LitappError, match="build the cache first"):
+        LatentData([tmp_path], WordTokenizer(), count_encoder)

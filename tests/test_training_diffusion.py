@@ -1,0 +1,140 @@
+"""``litapp train-kd`` end to end on a tiny model and a user's own pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from litapp.errors import LitappError
+from litapp.models.autoencoder import SceneAutoencoder
+from litapp.models.lit import LiTTransformer2DModel
+from litapp.training import diffusion
+
+NETWORK = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 2,
+    "patch_size": 1,
+    "caption_channels": 384,
+    "cross_attention_dim": 16,
+    "pooled_projection_dim": 384,
+}
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe, an autoencoder, a softmax teacher and four captioned pictures."""
+
+    class Words:
+        """Any encoder of the right width: the weights of MiniLM are not part of a clone."""
+
+        def encode_batch(self, texts):
+            return [type("Encoding", (), {"ids": [1, len(t), 2]}) for t in texts]
+
+    def encode(ids: torch.Tensor, mask: torch.Tensor):
+        states = ids[..., None].float().expand(*ids.shape, 384) / 20
+        return states, states.mean(1)
+
+    monkeypatch.setattr(diffusion, "load_text_encoder", lambda: (Words(), encode))
+    torch.manual_seed(0)
+    autoencoder = SceneAutoencoder(
+        latent_channels=4,
+        encoder_widths=(8, 16, 32),
+        decoder_widths=(32, 16, 16, 8),
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    autoencoder.save_pretrained(tmp_path / "autoencoder")
+    teacher = LiTTransformer2DModel(**NETWORK, attention="softmax")
+    teacher.save_pretrained(tmp_path / "teacher")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    rows = []
+    for index in range(4):
+        Image.new("RGB", (64, 64), (60 * index, 0, 255)).save(pictures / f"{index}.png")
+        rows.append(json.dumps({"file_name": f"{index}.png", "text": "x" * index}))
+    (pictures / "metadata.jsonl").write_text("\n".join(rows))
+    options = "\n".join(f"{name} = {value}" for name, value in NETWORK.items())
+    (tmp_path / "recipe.toml").write_text(
+        f"""
+        [autoencoder]
+        path = '{tmp_path / "autoencoder"}'
+        [model]
+        attention = "lit"
+        linear_heads = 2
+        {options}
+        [distillation]
+        noise = 0.5
+        variance = 0.05
+        [loop]
+        steps = 4
+        batch_size = 4
+        learning_rate = 1e-3
+        optimizer = "muon"
+        precision = "no"
+        warmup_steps = 1
+        log_every = 1
+        sample_every = 2
+        [samples]
+        prompts = ["x", "xxx"]
+        steps = 2
+        thumbnail = 32
+        """
+    )
+    return tmp_path
+
+
+def run(workshop: Path, output: str, teacher: str | None = "teacher") -> Path:
+    diffusion.main(
+        workshop / "recipe.toml",
+        workshop / output,
+        resume=True,
+        teacher=workshop / teacher if teacher else None,
+        data=workshop / "pictures",
+    )
+    return workshop / output
+
+
+def test_student_inherits_distils_samples_and_saves(workshop: Path) -> None:
+    output = run(workshop, "out")
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["kd_noise"] > 0 and row["kd_variance"] >= 0 for row in rows)
+    with Image.open(output / "samples" / "step-000002.png") as sheet:
+        assert sheet.width > 64
+    saved = LiTTransformer2DModel.from_pretrained(output / "model" / "transformer")
+    assert saved.config.attention == "lit"
+    scheduler = json.loads((output / "model" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+
+
+def test_the_same_recipe_gives_the_same_weights(workshop: Path) -> None:
+    first, second = (
+        load_file(run(workshop, name) / "checkpoint" / "model.safetensors") for name in ("a", "b")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_without_a_teacher_it_is_plain_diffusion_training(workshop: Path) -> None:
+    row = json.loads(
+        (run(workshop, "out", teacher=None) / "metrics.jsonl").read_text().split("\n")[0]
+    )
+    assert "kd_noise" not in row
+
+
+def test_a_teacher_that_cannot_be_used_leaves_nothing_behind(workshop: Path) -> None:
+    weights = workshop / "teacher" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(LitappError, match="cannot load the teacher from"):
+        run(workshop, "out")
+    with pytest.raises(LitappError, match="there is no teacher in"):
+        run(workshop, "out", teacher="nowhere")
+    assert not (workshop / "out").exists()
