@@ -35,13 +35,26 @@ from litapp.training.samples import SampleConfig, Sampler
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The ``[diffusion]`` table: noise schedule and loss."""
+    """The ``[diffusion]`` table: noise schedule and loss.
+
+    Timesteps are uniform, or logit-normal (arXiv 2403.03206, section 3.1) where ``logit_std`` > 0:
+    ``t = T sigmoid(logit_mean + logit_std n)``.
+    """
 
     beta_start: float = 1e-4
     beta_end: float = 2e-2
     caption_dropout: float = 0.1
     vlb_weight: float = 1e-3
     text_length: int = 32
+    logit_mean: float = 0.0
+    logit_std: float = 0.0
+
+    def timesteps(self, count: int, steps: int, generator: torch.Generator) -> Tensor:
+        """(count,) int64 timesteps in 0..steps-1."""
+        if self.logit_std <= 0:
+            return torch.randint(steps, (count,), generator=generator)
+        normal = torch.randn(count, generator=generator) * self.logit_std + self.logit_mean
+        return (normal.sigmoid() * steps).long().clamp(max=steps - 1)
 
     def scheduler(self) -> DDPMScheduler:
         """The schedule as diffusers writes it down; the bundle carries the same file."""
@@ -130,7 +143,7 @@ def main(
 
     def loss_function(model: nn.Module, batch: dict, generator: torch.Generator):
         x0 = batch.pop("latents")
-        t = torch.randint(diffusion.steps, (len(x0),), generator=generator)
+        t = config.timesteps(len(x0), diffusion.steps, generator)
         noise = torch.randn(x0.shape, generator=generator)
         x_t = diffusion.add_noise(x0, noise, t)
         out = model(x_t, timestep=t, **batch, return_dict=False)[0]
