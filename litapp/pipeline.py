@@ -18,7 +18,7 @@ from litapp.bundle import Bundle, load
 from litapp.canvas import CanvasPlan, fit, plan_canvas
 from litapp.engines import OnnxNetwork, providers_for
 from litapp.errors import Cancelled, LitappError
-from litapp.images import save_png, to_image
+from litapp.images import save_png, snap_alpha, to_image
 from litapp.request import Request
 from litapp.samplers import SAMPLERS, NoiseSchedule, Step
 from litapp.text import tokenize
@@ -219,7 +219,7 @@ class TextToImage:
         width, height = plan.canvas
         (sample,) = self._network("vae_decoder", "sample")(latent_sample=latents)
         _checked(sample, (1, 4, height, width), "decoder")
-        return np.clip(sample[0].transpose(1, 2, 0), 0, 1)
+        return snap_alpha(np.clip(sample[0].transpose(1, 2, 0), 0, 1))
 
     def _parameters(self, request: Request) -> dict[str, Any]:
         manifest = self.bundle.manifest

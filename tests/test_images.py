@@ -21,6 +21,7 @@ from litapp.images import (
     fresh_path,
     read_parameters,
     save_png,
+    snap_alpha,
     to_image,
 )
 
@@ -232,3 +233,19 @@ def test_checkerboard_alternates() -> None:
 def test_a_contact_sheet_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet([], columns=3)
+
+
+def test_nearly_opaque_becomes_opaque_and_nearly_clear_clear() -> None:
+    alpha = np.array([0.0, 0.05, 0.5, 0.95, 1.0], dtype=np.float32)[None, :, None]
+    snapped = snap_alpha(np.concatenate([0.8 * alpha, alpha, 0 * alpha, alpha], axis=-1))
+    assert snapped[0, :, 3].tolist() == pytest.approx([0, 0, 0.5, 1, 1])
+    # The straight colour stays what it was.
+    assert snapped[0, 2:, 0].tolist() == pytest.approx([0.4, 0.8, 0.8])
+
+
+def test_a_scene_with_a_few_thin_pixels_is_opaque_and_one_with_a_hole_is_not() -> None:
+    scene = np.full((64, 64, 4), 0.99)
+    scene[0, 0] = 0.7
+    assert to_image(snap_alpha(scene)).mode == "RGB"
+    scene[:8, :8] = 0
+    assert to_image(snap_alpha(scene)).mode == "RGBA"

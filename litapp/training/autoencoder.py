@@ -56,10 +56,11 @@ class SceneCrops(IterableDataset):
 
     def _crop(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The liveliest of three random crops: plain background teaches little."""
-        size = self.config.crop
+        size, room = self.config.crop, self.config.picture - self.config.crop
         tries = []
         for _ in range(3):
-            y, x = rng.integers(0, self.config.picture - size + 1, 2)
+            # Clipping makes crops at the picture's border common: padding is real there.
+            y, x = rng.integers(-size // 2, room + size // 2 + 1, 2).clip(0, room)
             crop = pixels[y : y + size, x : x + size]
             tries.append((float(crop[::4, ::4].std(axis=(0, 1)).sum()), crop))
         return max(tries, key=lambda pair: pair[0])[1].copy()

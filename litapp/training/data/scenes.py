@@ -50,7 +50,6 @@ class Item:
     y: float
     size: float
     tint: str | None = None
-    angle: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -193,8 +192,6 @@ def _sprite_image(store: SpriteStore, item: Item, pixels: int) -> Image.Image:
     if item.tint:
         straight = np.asarray(sprite.convert("RGBA"))
         sprite = Image.fromarray(tint_sprite(straight, item.tint), "RGBA").convert("RGBa")
-    if item.angle:
-        sprite = sprite.rotate(item.angle, Image.Resampling.BICUBIC)
     return sprite
 
 
