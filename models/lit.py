@@ -29,6 +29,9 @@ class LiTTransformer2DModel(PixArtTransformer2DModel):
             ``num_attention_heads``.
         pooled_projection_dim: size of a pooled text embedding that is added to the timestep
             embedding; None, as in plain PixArt-Sigma checkpoints, leaves it out.
+        positions: ``stretched`` spreads the positions of the training size over each side, as
+            PixArt does; ``short_side`` spreads them over the short side and lets the long one
+            reach beyond both ends, so that a wide picture is a square one with more at its sides.
     """
 
     @register_to_config
@@ -58,6 +61,7 @@ class LiTTransformer2DModel(PixArtTransformer2DModel):
         attention: str = "lit",
         linear_heads: int = 4,
         pooled_projection_dim: int | None = None,
+        positions: str = "stretched",
     ) -> None:
         super().__init__(
             num_attention_heads=num_attention_heads,
@@ -85,6 +89,8 @@ class LiTTransformer2DModel(PixArtTransformer2DModel):
         dim = num_attention_heads * attention_head_dim
         if attention not in (*ATTENTION_KERNELS, "softmax"):
             raise ValueError(f"attention is {attention!r}: use lit, linear or softmax")
+        if positions not in ("stretched", "short_side"):
+            raise ValueError(f"positions is {positions!r}: use stretched or short_side")
         if attention != "softmax":
             kernel_size = ATTENTION_KERNELS[attention]
             for block in self.transformer_blocks:
@@ -190,9 +196,16 @@ class LiTTransformer2DModel(PixArtTransformer2DModel):
         base = self.pos_embed.base_size / self.pos_embed.interpolation_scale
         dim = self.inner_dim // 4
         frequencies = 10000.0 ** (-torch.arange(dim, device=like.device) / dim)
-        # Divided as tensors: ONNX has no product of a tensor and a number that depends on a shape.
-        rows = torch.arange(height, device=like.device)[:, None] * base / height * frequencies
-        columns = torch.arange(width, device=like.device)[:, None] * base / width * frequencies
+        rows = torch.arange(height, device=like.device)
+        columns = torch.arange(width, device=like.device)
+        # Sizes as tensors: ONNX has no product of a tensor and a number that depends on a shape.
+        sides = [torch.ones_like(rows).sum(), torch.ones_like(columns).sum()]
+        if self.config.positions == "short_side":
+            short = torch.minimum(*sides)
+            rows, columns = rows - (sides[0] - short) / 2, columns - (sides[1] - short) / 2
+            sides = [short, short]
+        rows = rows[:, None] * base / sides[0] * frequencies
+        columns = columns[:, None] * base / sides[1] * frequencies
         zeros = torch.zeros(height, width, 1, device=like.device)
         parts = [columns.sin()[None], columns.cos()[None], rows.sin()[:, None], rows.cos()[:, None]]
         grid = torch.cat([part + zeros for part in parts], dim=-1)

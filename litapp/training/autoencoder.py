@@ -24,9 +24,9 @@ from litapp.training.recipe import from_table, load_recipe
 
 @dataclass(frozen=True)
 class CropConfig:
-    """Crops of the rendered pictures; sizes in pixels of the full picture."""
+    """Crops of the rendered pictures; a picture's size in pixels is drawn from ``pictures``."""
 
-    picture: int = 1024
+    pictures: tuple[int, ...] = (1024,)
     crop: int = 256
     crops_per_picture: int = 4
 
@@ -47,7 +47,8 @@ class SceneCrops(IterableDataset):
         while True:
             rng = np.random.default_rng((self.seed, picture))
             scene = sample_scene(rng, concepts, self.mix)
-            pixels = render(scene, self.store, self.config.picture, self.config.picture)
+            side = self.config.pictures[int(rng.integers(len(self.config.pictures)))]
+            pixels = render(scene, self.store, side, side)
             waiting += [self._crop(pixels, rng) for _ in range(per_picture)]
             picture += 1
             while len(waiting) >= 16 * per_picture:
@@ -56,7 +57,7 @@ class SceneCrops(IterableDataset):
 
     def _crop(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The liveliest of three random crops: plain background teaches little."""
-        size, room = self.config.crop, self.config.picture - self.config.crop
+        size, room = self.config.crop, len(pixels) - self.config.crop
         tries = []
         for _ in range(3):
             # Clipping makes crops at the picture's border common: padding is real there.

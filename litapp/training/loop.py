@@ -64,7 +64,12 @@ def choose_precision(requested: str) -> str:
 def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    adamw = {"lr": config.learning_rate, "betas": (0.9, 0.99), "weight_decay": config.weight_decay}
+    adamw = {
+        "lr": config.learning_rate,
+        "betas": (0.9, 0.99),
+        "weight_decay": config.weight_decay,
+        "fused": True,
+    }
     if config.optimizer == "adamw":
         return [torch.optim.AdamW([p for _, p in named], **adamw)]
     if config.optimizer != "muon":
