@@ -102,7 +102,8 @@ def save_png(image: Image.Image, path: Path, parameters: Mapping[str, Any] | Non
         info.add_text("litapp", json.dumps(parameters))
     info.add_itxt("XML:com.adobe.xmp", XMP)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info)
+    # Six times faster than the default, and a fifth to a third larger (docs/decisions.md).
+    image.save(buffer, format="PNG", pnginfo=info, compress_level=2)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(path, buffer.getbuffer())

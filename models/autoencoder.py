@@ -1,8 +1,7 @@
 """A small convolutional autoencoder for RGBA pictures, built for fast decoding on a CPU.
 
-The encoder reads the picture at half its size and reduces it 32x, the decoder draws it at full
-size: 64x from latent to pixel, so that 1024x1024 is 16x16 latents. ``docs/decisions.md`` has the
-measurements. Residual down- and up-sampling shortcuts follow DC-AE (arXiv 2410.10733, figure 4).
+32x from pixel to latent: 1024x1024 is 32x32 latents. ``docs/decisions.md`` has the measurements.
+Residual down- and up-sampling shortcuts follow DC-AE (arXiv 2410.10733, figure 4).
 """
 
 from __future__ import annotations
@@ -61,6 +60,9 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         decoder_widths, decoder_blocks: the same for the decoder, coarsest first.
         patch: pixels per side that the stem folds and the head unfolds.
         latents_mean, latents_std: per-channel statistics that :meth:`normalise` uses.
+        preview: (C + 1) rows of 4: premultiplied RGBA of a latent's whole patch is about
+            ``latents @ preview[:C] + preview[C]`` on normalised latents. It shows a picture while
+            it is drawn, without the decoder.
     """
 
     @register_to_config
@@ -69,11 +71,12 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         latent_channels: int = 32,
         encoder_widths: tuple[int, ...] = (96, 192, 384),
         encoder_blocks: tuple[int, ...] = (1, 1, 2),
-        decoder_widths: tuple[int, ...] = (384, 192, 192, 96),
-        decoder_blocks: tuple[int, ...] = (3, 2, 2, 1),
+        decoder_widths: tuple[int, ...] = (384, 192, 96),
+        decoder_blocks: tuple[int, ...] = (3, 2, 1),
         patch: int = 8,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
+        preview: list[list[float]] | None = None,
     ) -> None:
         super().__init__()
         stem = [nn.PixelUnshuffle(patch), nn.Conv2d(4 * patch**2, encoder_widths[0], 1)]
@@ -90,16 +93,14 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             nn.PixelShuffle(patch),
         )
         self.apply(_initialise)
-        # Each further level of the decoder is one more doubling: the picture's own size.
-        self.encoder_scale = 2 ** (len(decoder_widths) - len(encoder_widths))
         self.reduction = patch * 2 ** (len(decoder_widths) - 1)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 4, H, W) pictures at the encoder's size to (B, C, H/32, W/32) raw latents."""
+        """(B, 4, H, W) pictures in [0, 1] to (B, C, H/32, W/32) raw latents."""
         return self.encoder(pixels * 2 - 1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) raw latents to (B, 4, 64h, 64w) premultiplied RGBA, not clipped."""
+        """(B, C, h, w) raw latents to (B, 4, 32h, 32w) premultiplied RGBA, not clipped."""
         return self.decoder(latents) * 0.5 + 0.5
 
     def _statistics(self) -> tuple[Tensor, Tensor]:

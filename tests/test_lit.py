@@ -71,6 +71,15 @@ def test_pooled_text_changes_the_prediction() -> None:
     assert not torch.allclose(one, two, atol=1e-3)
 
 
+def test_a_wide_grid_holds_the_positions_of_a_square_in_its_middle() -> None:
+    model = LiTTransformer2DModel(**SMALL, positions="short_side")
+    like = torch.zeros(1)
+    square, wide = model._positions(4, 4, like), model._positions(4, 8, like)
+    middle = wide.reshape(4, 8, -1)[:, 2:6].reshape(1, 16, -1)
+    assert torch.allclose(middle, square, atol=1e-6)
+    assert not torch.allclose(wide.reshape(4, 8, -1)[:, 0], square.reshape(4, 4, -1)[:, 0])
+
+
 def test_saves_and_loads_to_the_same_prediction(tmp_path: Path) -> None:
     model = randomised(LiTTransformer2DModel(**SMALL, linear_heads=2))
     model.save_pretrained(tmp_path)
@@ -102,6 +111,11 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 def test_unknown_attention_is_refused() -> None:
     with pytest.raises(ValueError, match="use lit, linear or softmax"):
         LiTTransformer2DModel(**SMALL, attention="fancy")
+
+
+def test_unknown_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match="stretched or short_side"):
+        LiTTransformer2DModel(**SMALL, positions="round")
 
 
 def test_student_inherits_all_but_the_linear_attention() -> None:

@@ -12,8 +12,10 @@ from PIL import Image
 
 from litapp.errors import LitappError
 from litapp.models.autoencoder import SceneAutoencoder
-from litapp.training.autoencoder import psnr, reconstruction_loss
+from litapp.training.autoencoder import measure_latents, psnr, reconstruction_loss
+from litapp.training.data.art import SpriteStore
 from litapp.training.data.folder import read_folder
+from litapp.training.data.scenes import Mix
 from litapp.training.latents import LatentData, build_folder_cache
 
 
@@ -24,8 +26,8 @@ def autoencoder() -> SceneAutoencoder:
         latent_channels=4,
         encoder_widths=(8, 16, 32),
         encoder_blocks=(1, 1, 1),
-        decoder_widths=(32, 16, 16, 8),
-        decoder_blocks=(1, 1, 1, 1),
+        decoder_widths=(32, 16, 8),
+        decoder_blocks=(1, 1, 1),
         latents_mean=[0.5, 0.0, 0.0, -0.5],
         latents_std=[2.0, 1.0, 1.0, 0.5],
     ).eval()
@@ -52,12 +54,12 @@ def count_encoder(ids: torch.Tensor, mask: torch.Tensor):
     return states, states.sum(1)
 
 
-def test_encoder_reads_half_size_and_decoder_draws_full_size(autoencoder: SceneAutoencoder) -> None:
+def test_autoencoder_reduces_and_draws_by_32(autoencoder: SceneAutoencoder) -> None:
     with torch.no_grad():
         latents = autoencoder.encode(torch.rand(2, 4, 64, 96))
         assert latents.shape == (2, 4, 2, 3)
-        assert autoencoder.decode(latents).shape == (2, 4, 128, 192)
-    assert (autoencoder.encoder_scale, autoencoder.reduction) == (2, 64)
+        assert autoencoder.decode(latents).shape == (2, 4, 64, 96)
+    assert autoencoder.reduction == 32
 
 
 def test_normalise_and_its_inverse(autoencoder: SceneAutoencoder) -> None:
@@ -94,7 +96,7 @@ def test_reconstruction_loss_is_as_computed_by_hand() -> None:
 def test_own_pictures_become_latents_with_their_captions(
     autoencoder: SceneAutoencoder, tmp_path: Path
 ) -> None:
-    cache = build_folder_cache(picture_folder(tmp_path), tmp_path / "cache", autoencoder, 128)
+    cache = build_folder_cache(picture_folder(tmp_path), tmp_path / "cache", autoencoder, 64)
     data = LatentData([cache], WordTokenizer(), count_encoder, text_length=6)
     assert len(data) == 3
     batch = next(data.batches(0, size=5, dropout=0.0, seed=0))
@@ -104,7 +106,7 @@ def test_own_pictures_become_latents_with_their_captions(
 
 
 def test_batches_are_a_function_of_the_step(autoencoder: SceneAutoencoder, tmp_path: Path) -> None:
-    cache = build_folder_cache(picture_folder(tmp_path), tmp_path / "cache", autoencoder, 128)
+    cache = build_folder_cache(picture_folder(tmp_path), tmp_path / "cache", autoencoder, 64)
     data = LatentData([cache], WordTokenizer(), count_encoder, text_length=6)
     run = data.batches(0, size=2, dropout=0.5, seed=3)
     third = [next(run) for _ in range(3)][2]
@@ -115,7 +117,7 @@ def test_batches_are_a_function_of_the_step(autoencoder: SceneAutoencoder, tmp_p
 def test_dropped_captions_are_the_empty_prompt(
     autoencoder: SceneAutoencoder, tmp_path: Path
 ) -> None:
-    cache = build_folder_cache(picture_folder(tmp_path), tmp_path / "cache", autoencoder, 128)
+    cache = build_folder_cache(picture_folder(tmp_path), tmp_path / "cache", autoencoder, 64)
     data = LatentData([cache], WordTokenizer(), count_encoder, text_length=6)
     batch = next(data.batches(0, size=64, dropout=0.5, seed=0))
     lengths = batch["encoder_attention_mask"].sum(1)
@@ -149,3 +151,19 @@ def test_a_broken_picture_folder_is_one_clear_line(tmp_path: Path, break_it, mes
 def test_an_empty_cache_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(LitappError, match="build the cache first"):
         LatentData([tmp_path], WordTokenizer(), count_encoder)
+
+
+def test_measured_preview_gives_the_colours_of_the_latents_patches(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = SceneAutoencoder(encoder_widths=(8, 16, 32), decoder_widths=(32, 16, 8)).eval()
+    scene = Mix(styles={"flat": 1.0}, backgrounds={"solid": 1.0})
+    store = SpriteStore(tmp_path)
+    blank = np.zeros((1024, 1024, 4), np.uint8)
+    store.sprite = lambda *_: blank
+    figures = measure_latents(network, store, scene)
+    network.register_to_config(**figures)
+    picture = torch.rand(1, 4, 1, 1).expand(1, 4, 256, 256).clone()
+    picture[:, 3] = 1.0
+    latents = network.normalise(network.encode(picture))[0, :, 4, 4].detach()
+    matrix = torch.tensor(figures["preview"], dtype=torch.float32)
+    assert torch.allclose(latents @ matrix[:-1] + matrix[-1], picture[0, :, 0, 0], atol=0.05)

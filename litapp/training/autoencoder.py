@@ -89,8 +89,7 @@ class _Reconstruct(nn.Module):
         autoencoder.encoder.requires_grad_(not frozen_encoder)
 
     def forward(self, pixels: Tensor, generator: torch.Generator, noise: float) -> Tensor:
-        small = F.avg_pool2d(pixels, self.autoencoder.encoder_scale)
-        latents = self.autoencoder.encode(small)
+        latents = self.autoencoder.encode(pixels)
         # Noise in units of each channel's own spread: growing the latents cannot drown it.
         spread = latents.detach().std(dim=(0, 2, 3), keepdim=True)
         level = noise * torch.rand(len(pixels), 1, 1, 1, generator=generator)
@@ -126,20 +125,29 @@ def _batches(store: SpriteStore, mix: Mix, crops: CropConfig, loop: LoopConfig):
 
 @torch.no_grad()
 def measure_latents(autoencoder: SceneAutoencoder, store: SpriteStore, mix: Mix) -> dict:
-    """Per-channel mean and standard deviation of the latents over 128 whole pictures."""
+    """What the configuration keeps of the latents, over 128 whole pictures.
+
+    Returns:
+        ``latents_mean`` and ``latents_std`` per channel, and ``preview``: the least-squares map
+        from a normalised latent to its patch's mean colour.
+    """
     concepts, rng = load_concepts(), np.random.default_rng(7)
-    total, squares, count = 0.0, 0.0, 0
+    latents, colours = [], []
     for _ in range(128):
         pixels = render(sample_scene(rng, concepts, mix), store, 512, 512)
         batch = torch.from_numpy(pixels).permute(2, 0, 1).float()[None] / 255
-        latents = autoencoder.encode(batch).double()
-        total = total + latents.sum((0, 2, 3))
-        squares = squares + latents.square().sum((0, 2, 3))
-        count += latents[0, 0].numel()
-    mean = total / count
+        code = autoencoder.encode(batch)
+        latents.append(code.flatten(2).transpose(1, 2)[0].double())
+        patches = F.adaptive_avg_pool2d(batch, code.shape[2:])
+        colours.append(patches.flatten(2).transpose(1, 2)[0].double())
+    rows, targets = torch.cat(latents), torch.cat(colours)
+    mean, std = rows.mean(0), rows.std(0)
+    inputs = torch.cat([(rows - mean) / std, torch.ones(len(rows), 1)], dim=1)
+    preview = torch.linalg.lstsq(inputs, targets).solution
     return {
         "latents_mean": mean.tolist(),
-        "latents_std": (squares / count - mean**2).sqrt().tolist(),
+        "latents_std": std.tolist(),
+        "preview": preview.tolist(),
     }
 
 

@@ -69,11 +69,11 @@ class DiffusionConfig:
         )
 
 
-def _load(kind: type, folder: Path, role: str):
+def _load(kind: type, folder: Path, role: str, **changes: object):
     if not (folder / "config.json").is_file():
         raise LitappError(f"there is no {role} in {folder}: it needs config.json and safetensors")
     try:
-        return kind.from_pretrained(folder, use_safetensors=True)
+        return kind.from_pretrained(folder, use_safetensors=True, **changes)
     except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, KeyError) as error:
         reason = (str(error).splitlines() or ["unreadable"])[0]
         raise LitappError(f"cannot load the {role} from {folder}: {reason}") from error
@@ -82,9 +82,11 @@ def _load(kind: type, folder: Path, role: str):
 def _model(tables: dict, student: Path | None, teacher: nn.Module | None) -> LiTTransformer2DModel:
     """The network to train: read from a folder, or fresh and then inheriting from the teacher."""
     options = dict(tables["model"])
-    start = student or options.pop("start", None)
-    if start:
-        return _load(LiTTransformer2DModel, Path(start), "student")
+    start = options.pop("start", None)
+    if student or start:
+        # Beside `start`, the table holds changes: a stage at another size, say.
+        changes = options if start else {}
+        return _load(LiTTransformer2DModel, Path(student or start), "student", **changes)
     torch.manual_seed(tables["loop"].get("seed", 0))
     model = LiTTransformer2DModel(**options)
     model.initialise()

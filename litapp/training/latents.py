@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from litapp.models.text_encoder import TextEncoder, encode_texts
 from litapp.training.data.art import SpriteStore, load_concepts
 from litapp.training.data.folder import read_folder
 from litapp.training.data.scenes import Mix, render, sample_scene
+from litapp.training.loop import choose_precision
 from litapp.training.recipe import from_table
 
 SHARD = 128
@@ -54,7 +56,9 @@ def _save_shard(path: Path, latents: list[Tensor], captions: list[str]) -> None:
 @torch.no_grad()
 def _encode(autoencoder: SceneAutoencoder, pictures: list[np.ndarray]) -> Tensor:
     batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    return autoencoder.normalise(autoencoder.encode(batch))
+    with torch.autocast("cpu", torch.bfloat16, enabled=choose_precision("auto") == "bf16"):
+        latents = autoencoder.encode(batch)
+    return autoencoder.normalise(latents.float())
 
 
 def build_scene_cache(
@@ -65,18 +69,20 @@ def build_scene_cache(
     folder.mkdir(parents=True, exist_ok=True)
     mix, concepts = from_table(Mix, config.mix, "data.mix"), load_concepts()
     weights = np.array([size[2] for size in config.sizes])
+    threads = ThreadPoolExecutor()  # Pillow and NumPy release the interpreter's lock
     for shard in track(range(-(-config.pictures // SHARD)), f"latents {folder.name}"):
         path = folder / f"shard-{shard:05d}.safetensors"
         if path.exists():
             continue
         rng = np.random.default_rng((config.seed, shard))
         width, height, _ = config.sizes[rng.choice(len(weights), p=weights / weights.sum())]
-        side = (int(width) // autoencoder.encoder_scale, int(height) // autoencoder.encoder_scale)
+        side = (int(width), int(height))
         latents: list[Tensor] = []
         captions: list[str] = []
         while len(latents) < SHARD:
             scenes = [sample_scene(rng, concepts, mix) for _ in range(8)]
-            latents += _encode(autoencoder, [render(scene, store, *side) for scene in scenes])
+            pictures = threads.map(lambda scene, side=side: render(scene, store, *side), scenes)
+            latents += _encode(autoencoder, list(pictures))
             captions += [scene.caption for scene in scenes]
         _save_shard(path, latents, captions)
     return folder
@@ -85,10 +91,9 @@ def build_scene_cache(
 def build_folder_cache(data: Path, folder: Path, autoencoder: SceneAutoencoder, size: int) -> Path:
     """Encode a user's own pictures (imagefolder with ``metadata.jsonl``), cropped square."""
     folder.mkdir(parents=True, exist_ok=True)
-    side = size // autoencoder.encoder_scale
     pending: tuple[list[Tensor], list[str]] = ([], [])
     shard = 0
-    for picture, caption in read_folder(data, side):
+    for picture, caption in read_folder(data, size):
         pending[0].append(_encode(autoencoder, [picture])[0])
         pending[1].append(caption)
         if len(pending[0]) == SHARD:

@@ -76,7 +76,12 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
         raise LitappError(f"unknown optimizer {config.optimizer!r}: use adamw or muon")
     matrices = [p for n, p in named if p.ndim == 2 and "blocks." in n and "table" not in n]
     chosen = {id(p) for p in matrices}
-    muon = Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay)
+    muon = Muon(
+        matrices,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        dtype=torch.bfloat16 if choose_precision(config.precision) == "bf16" else torch.float32,
+    )
     return [muon, torch.optim.AdamW([p for _, p in named if id(p) not in chosen], **adamw)]
 
 

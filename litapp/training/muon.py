@@ -1,7 +1,8 @@
-"""Muon in fp32 (K. Jordan et al. 2024, "Muon: an optimizer for hidden layers").
+"""Muon (K. Jordan et al. 2024, "Muon: an optimizer for hidden layers").
 
 ``torch.optim.Muon`` orthogonalises in bf16, which CPUs without bf16 arithmetic emulate at a tenth
-of fp32's speed (``docs/decisions.md``), and one matrix at a time; here equal shapes go as a batch.
+of fp32's speed (``docs/decisions.md``), and one matrix at a time; here the precision is a choice
+and equal shapes go as a batch.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Muon(torch.optim.Optimizer):
         params: matrices only.
         lr: as for AdamW; the update is scaled by ``0.2 sqrt(max(rows, columns))``
             (arXiv 2502.16982, section 2.2).
+        dtype: of the orthogonalisation; momentum and weights stay as they are.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class Muon(torch.optim.Optimizer):
         lr: float = 1e-3,
         momentum: float = 0.95,
         weight_decay: float = 0.01,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -57,8 +61,8 @@ class Muon(torch.optim.Optimizer):
                 updates = [self._momentum(p, group["momentum"]) for p in parameters]
                 scale = group["lr"] * 0.2 * max(shape) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                orthogonal = orthogonalise(torch.stack(updates)).unbind(0)
-                torch._foreach_add_(parameters, orthogonal, alpha=-scale)
+                orthogonal = orthogonalise(torch.stack(updates).to(self.dtype)).float()
+                torch._foreach_add_(parameters, orthogonal.unbind(0), alpha=-scale)
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
         """Nesterov momentum of the gradient."""
