@@ -22,7 +22,7 @@ from litapp.training.data.scenes import (
 from litapp.training.data.words import article, plural
 
 ALL_KINDS = Mix(
-    kinds={"single": 1, "tinted": 1, "count": 1, "pair": 1},
+    kinds={"single": 1, "tinted": 1, "count": 1, "pair": 1, "tinted_pair": 1},
     backgrounds=dict.fromkeys(
         ["white", "transparent", "solid", "gradient", *backgrounds.SCENERY], 1
     ),
@@ -81,12 +81,19 @@ def test_pairs_stand_as_the_caption_says() -> None:
 
 
 def test_held_out_pairs_never_appear() -> None:
-    for scene in scenes(600, Mix(kinds={"pair": 1, "tinted": 1})):
-        if scene.kind == "pair":
-            first, second = (item.concept.name for item in scene.items)
-            assert not held_out(first, second)
-        else:
-            assert not held_out(scene.items[0].concept.name, scene.items[0].tint)
+    for scene in scenes(600, Mix(kinds={"pair": 1, "tinted": 1, "tinted_pair": 1})):
+        if scene.kind in ("pair", "tinted_pair"):
+            assert not held_out(*(item.concept.name for item in scene.items))
+        for item in scene.items:
+            assert item.tint is None or not held_out(item.concept.name, item.tint)
+
+
+def test_two_objects_of_two_colours_are_named_in_their_order() -> None:
+    for scene in scenes(100, Mix(kinds={"tinted_pair": 1}, backgrounds={"white": 1})):
+        left, right = scene.items
+        assert left.tint != right.tint and left.x < right.x
+        first, second = scene.caption.split(" and ", 1)
+        assert left.tint in first and right.tint in second
 
 
 def test_held_out_is_a_small_symmetric_share() -> None:

@@ -105,9 +105,12 @@ def _noun(rng: np.random.Generator, concept: Concept, adjective: str = "", count
     return phrase if concept.mass else article(phrase)
 
 
+def _names_a_colour(concept: Concept) -> bool:
+    return any(word in TINTS for word in concept.name.split())
+
+
 def _tintable(concept: Concept, tint: str) -> bool:
-    names_a_colour = any(word in TINTS for word in concept.name.split())
-    return not names_a_colour and not held_out(concept.name, tint)
+    return not _names_a_colour(concept) and not held_out(concept.name, tint)
 
 
 def _subject(rng, concepts, mix: Mix, kind: str, style: str) -> tuple[list[Item], str]:
@@ -136,10 +139,29 @@ def _subject(rng, concepts, mix: Mix, kind: str, style: str) -> tuple[list[Item]
         }[count]
         items = [Item(first, style, x + jitter() / 2, y + jitter() / 2, 0.42) for x, y in places]
         return items, _noun(rng, first, count=count)
+    paint = kind == "tinted_pair"
+    while paint and _names_a_colour(first):
+        first = _pick(rng, concepts)
     second = _pick(rng, concepts)
-    while second is first or held_out(first.name, second.name):
+    while (
+        second is first or held_out(first.name, second.name) or (paint and _names_a_colour(second))
+    ):
         second = _pick(rng, concepts)
+    if paint:
+        return _tinted_pair(rng, (first, second), style, jitter)
     return _pair(rng, first, second, style, jitter)
+
+
+def _tinted_pair(rng, concepts: tuple[Concept, Concept], style: str, jitter):
+    """Two objects of two colours, ``a C1 A and a C2 B``."""
+    tints = [str(t) for t in rng.choice(list(TINTS), 2, replace=False)]
+    while not all(map(_tintable, concepts, tints)):
+        tints = [str(t) for t in rng.choice(list(TINTS), 2, replace=False)]
+    items = [
+        Item(concept, style, x + jitter() / 2, 0.5 + jitter() / 2, 0.44, tint)
+        for concept, tint, x in zip(concepts, tints, (0.27, 0.73), strict=True)
+    ]
+    return items, " and ".join(map(lambda c, t: _noun(rng, c, t), concepts, tints))
 
 
 def _pair(rng, first: Concept, second: Concept, style: str, jitter) -> tuple[list[Item], str]:

@@ -23,7 +23,8 @@ def plural(name: str) -> str:
 
 def article(words: str) -> str:
     """Prefix ``a`` or ``an`` by sound."""
-    vowel = words[0].lower() in "aeiou" and not words.lower().startswith(
-        ("uni", "ufo", "one", "uk")
+    lower = words.lower()
+    vowel = lower.startswith(("hour", "honest")) or (
+        lower[0] in "aeiou" and not lower.startswith(("uni", "ufo", "one", "uk"))
     )
     return f"an {words}" if vowel else f"a {words}"
