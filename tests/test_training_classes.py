@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +27,7 @@ from litapp.models.dit import LiTDiTTransformer2DModel
 from litapp.training import families
 from litapp.training.class_latents import ClassLatents, build_class_cache
 from litapp.training.codec import load_codec
-from litapp.training.data.classes import list_classes
+from litapp.training.data.classes import list_pictures
 
 CLASSES = ("apple", "bee", "cat")
 NETWORK = {
@@ -256,7 +258,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(workshop: Pat
 
 def test_latents_are_cached_once_and_made_anew_for_other_pictures(workshop: Path) -> None:
     codec, folder = load_codec(workshop / "autoencoder"), workshop / "cache"
-    data = list_classes(workshop / "pictures")
+    data = list_pictures(workshop / "pictures")
     build_class_cache(data, folder, codec, 256, flip=True)
     shard = folder / "shard-00000.safetensors"
     before = shard.stat().st_mtime_ns
@@ -264,7 +266,7 @@ def test_latents_are_cached_once_and_made_anew_for_other_pictures(workshop: Path
     assert shard.stat().st_mtime_ns == before
     (workshop / "pictures" / "dog").mkdir()
     Image.new("RGB", (64, 64), "red").save(workshop / "pictures" / "dog" / "0.png")
-    build_class_cache(list_classes(workshop / "pictures"), folder, codec, 256, flip=True)
+    build_class_cache(list_pictures(workshop / "pictures"), folder, codec, 256, flip=True)
     cached = ClassLatents(folder)
     assert cached.classes == ["apple", "bee", "cat", "dog"]
     assert cached.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
@@ -276,7 +278,7 @@ def test_labels_are_dropped_at_the_given_rate_and_batches_depend_on_the_step(
     workshop: Path,
 ) -> None:
     codec = load_codec(workshop / "autoencoder")
-    build_class_cache(list_classes(workshop / "pictures"), workshop / "c", codec, 256, flip=False)
+    build_class_cache(list_pictures(workshop / "pictures"), workshop / "c", codec, 256, flip=False)
     cached = ClassLatents(workshop / "c")
     source = cached.batches(0, 4000, 0.1, seed=0)
     first, second = next(source), next(source)
@@ -297,7 +299,7 @@ def test_diffusers_autoencoder_encodes_opaque_pictures(workshop: Path) -> None:
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     ).save_pretrained(workshop / "kl")  # fmt: skip
     codec = load_codec(workshop / "kl")
-    build_class_cache(list_classes(workshop / "pictures"), workshop / "c", codec, 16, flip=False)
+    build_class_cache(list_pictures(workshop / "pictures"), workshop / "c", codec, 16, flip=False)
     cached = ClassLatents(workshop / "c")
     assert cached.latents.shape == (9, 4, 8, 8)
     with torch.no_grad():
@@ -315,3 +317,35 @@ def test_an_unknown_family_or_autoencoder_is_one_clear_line(workshop: Path) -> N
     (workshop / "recipe.toml").write_text(text)
     with pytest.raises(LitappError, match="use pixart or dit"):
         run(workshop, "out")
+
+
+def test_webdataset_shards_give_the_latents_of_the_folder(workshop: Path) -> None:
+    shards = workshop / "shards"
+    shards.mkdir()
+    pictures = list_pictures(workshop / "pictures").pictures
+    for number in range(2):
+        with tarfile.open(shards / f"{number:03d}.tar", "w") as archive:
+            for index, picture in list(enumerate(pictures))[number * 5 : number * 5 + 5]:
+                add(archive, f"{index:04d}.cls", str(picture.label).encode())
+                add(archive, f"{index:04d}.png", picture.read())
+            add(archive, "9999.png", b"a picture without a label is left out")
+    codec = load_codec(workshop / "autoencoder")
+    caches = []
+    for source in ("shards", "pictures"):
+        data = list_pictures(workshop / source)
+        caches.append(
+            ClassLatents(build_class_cache(data, workshop / source[0], codec, 256, False))
+        )
+    assert torch.equal(caches[0].latents, caches[1].latents)
+    assert caches[0].labels.tolist() == caches[1].labels.tolist()
+    assert caches[0].classes == ["0", "1", "2"]
+    whole = (shards / "001.tar").read_bytes()
+    (shards / "001.tar").write_bytes(whole[:700])
+    with pytest.raises(LitappError, match="cannot read the shard"):
+        list_pictures(shards)
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from litapp.errors import LitappError
 from litapp.training.codec import KLCodec, SceneCodec
-from litapp.training.data.classes import ClassFolder, read_square
+from litapp.training.data.classes import LabelledPictures, Picture, read_square
 
 SHARD = 128
 ENCODE_AT_ONCE = 8
@@ -33,7 +33,7 @@ def is_cache(folder: Path) -> bool:
 
 
 def build_class_cache(
-    data: ClassFolder, folder: Path, codec: SceneCodec | KLCodec, size: int, flip: bool
+    data: LabelledPictures, folder: Path, codec: SceneCodec | KLCodec, size: int, flip: bool
 ) -> Path:
     """Encode pictures of ``size`` pixels square, with their mirror images where ``flip`` is set.
 
@@ -48,14 +48,13 @@ def build_class_cache(
         partial = folder / "index.partial"
         partial.write_text(json.dumps(index))
         partial.replace(folder / "index.json")
-    for number in _track(-(-len(data.files) // SHARD)):
+    for number in _track(-(-len(data.pictures) // SHARD)):
         path = folder / f"shard-{number:05d}.safetensors"
         if path.exists():
             continue
-        files = data.files[number * SHARD : (number + 1) * SHARD]
-        tensors = {"labels": torch.tensor([label for _, label in files])}
+        pictures = data.pictures[number * SHARD : (number + 1) * SHARD]
+        tensors = {"labels": torch.tensor([picture.label for picture in pictures])}
         generator = torch.Generator().manual_seed(number)
-        pictures = [file for file, _ in files]
         tensors["latents"] = _encode(pictures, codec, size, generator, mirror=False)
         if flip:
             tensors["mirrored"] = _encode(pictures, codec, size, generator, mirror=True)
@@ -70,28 +69,29 @@ def _track(shards: int) -> Iterable[int]:
 
 @torch.no_grad()
 def _encode(
-    files: list[Path],
+    pictures: Sequence[Picture],
     codec: SceneCodec | KLCodec,
     size: int,
     generator: torch.Generator,
     mirror: bool,
 ) -> Tensor:
     parts = []
-    for start in range(0, len(files), ENCODE_AT_ONCE):
-        chosen = files[start : start + ENCODE_AT_ONCE]
-        pictures = np.stack([read_square(file, codec.side(size)) for file in chosen])
+    for start in range(0, len(pictures), ENCODE_AT_ONCE):
+        chosen = pictures[start : start + ENCODE_AT_ONCE]
+        pixels = np.stack([read_square(picture, codec.side(size)) for picture in chosen])
         if mirror:
-            pictures = np.ascontiguousarray(pictures[:, :, ::-1])
-        parts.append(codec.encode(pictures, generator))
+            pixels = np.ascontiguousarray(pixels[:, :, ::-1])
+        parts.append(codec.encode(pixels, generator))
     return torch.cat(parts).half().contiguous()
 
 
-def _digest(data: ClassFolder, codec: SceneCodec | KLCodec, size: int, flip: bool) -> str:
+def _digest(data: LabelledPictures, codec: SceneCodec | KLCodec, size: int, flip: bool) -> str:
     """Changes with the pictures' names, sizes and times, the autoencoder and the options."""
     digest = hashlib.sha256(f"{size} {flip}".encode())
-    for file, label in data.files:
-        state = file.stat()
-        digest.update(f"{file.name} {label} {state.st_size} {state.st_mtime_ns}".encode())
+    for picture in data.pictures:
+        state = picture.path.stat()
+        place = f"{picture.path.name} {picture.offset} {picture.label}"
+        digest.update(f"{place} {state.st_size} {state.st_mtime_ns}".encode())
     for name, value in codec.network.state_dict().items():
         digest.update(f"{name} {value.double().sum():.9e}".encode())
     return digest.hexdigest()

@@ -20,7 +20,7 @@ from litapp.models.inherit import inherit
 from litapp.models.sizes import dit_config
 from litapp.training.class_latents import ClassLatents, build_class_cache, is_cache
 from litapp.training.codec import KLCodec, SceneCodec, load_codec
-from litapp.training.data.classes import list_classes
+from litapp.training.data.classes import list_pictures
 from litapp.training.diffusion import DiffusionConfig
 from litapp.training.distributed import join_processes
 from litapp.training.loop import LoopConfig, train
@@ -142,7 +142,7 @@ def main(
     Args:
         teacher: a DiT, or a class-conditional model of ours, to inherit from and to distil.
         student: weights to start from instead of the recipe's ``[model]``.
-        data: class folders of pictures, or a cache of their latents.
+        data: class folders of pictures, WebDataset shards, or a cache of latents.
 
     Raises:
         LitappError: a folder, recipe or picture that cannot be used.
@@ -154,10 +154,12 @@ def main(
     weights = from_table(Distillation, weights, "distillation")
     samples = from_table(ClassSampleConfig, tables.get("samples", {}), "samples")
     if data is None:
-        raise LitappError("class-conditional training needs --data FOLDER of class folders")
+        raise LitappError(
+            "class-conditional training needs --data FOLDER of class folders or shards"
+        )
     codec = load_codec(Path(tables["autoencoder"]["path"]))
     cached = ClassLatents(data) if is_cache(data) else None
-    pictures = None if cached else list_classes(data)
+    pictures = None if cached else list_pictures(data)
     classes = len(cached.classes if cached else pictures.classes)
     mentor = load_network(teacher, "dit", tables.get("teacher", {})) if teacher else None
     model = make_model(tables["model"], classes, loop.seed, student, mentor)
