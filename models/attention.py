@@ -123,17 +123,18 @@ class SimplifiedLinearAttention(nn.Module):
             (B, N, dim).
         """
         value = self.to_v(hidden_states)
-        query = self.feature_map(self._split(self.to_q(hidden_states)))
-        key = self.feature_map(self._split(self.to_k(hidden_states)))
-        out = linear_attention(query, key, self._split(value))
+        # Feature maps see one head's channels at a time.
+        query, key, heads = (
+            x.unflatten(2, (self.heads, -1))
+            for x in (self.to_q(hidden_states), self.to_k(hidden_states), value)
+        )
+        features = (self.feature_map(query), self.feature_map(key), heads)
+        out = linear_attention(*(x.transpose(1, 2) for x in features))
         out = out.transpose(1, 2).flatten(2).to(value.dtype)
         if self.dwc is not None:
             grid = value.transpose(1, 2).unflatten(2, (height, width))
             out = out + self.dwc(grid).flatten(2).transpose(1, 2)
         return self.to_out[0](out)
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-6) -> Tensor:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor
 
 from litapp.errors import LitappError
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def join_processes() -> PartialState:
@@ -25,12 +27,19 @@ def join_processes() -> PartialState:
     return PartialState(cpu=on_cpu)
 
 
-def check_split(batch_size: int, processes: int, accumulation: int) -> None:
-    """Refuse a batch that processes and micro-batches do not divide evenly.
+def check_processes(accelerator: Accelerator, batch_size: int, accumulation: int) -> None:
+    """Refuse what this loop cannot do, before anything is written.
 
     Raises:
-        LitappError: the parts would differ in size, and their mean not be the batch's.
+        LitappError: the weights are to be sharded, or processes and micro-batches do not divide
+            the batch evenly: their mean would not be the batch's.
     """
+    if accelerator.distributed_type in SHARDED:
+        raise LitappError(
+            f"{accelerator.distributed_type.value} shards the weights, which litapp cannot save: "
+            "choose plain multi-GPU in `accelerate config`, and gradient_checkpointing"
+        )
+    processes = accelerator.num_processes
     if accumulation < 1 or batch_size % (processes * accumulation):
         raise LitappError(
             f"batch_size {batch_size} is not a multiple of {processes} processes "

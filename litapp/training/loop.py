@@ -27,7 +27,7 @@ from transformers.optimization import get_scheduler
 
 from litapp.errors import LitappError
 from litapp.folders import recover_folder, replace_folder
-from litapp.training.distributed import average, check_split, join_processes, share
+from litapp.training.distributed import average, check_processes, join_processes, share
 from litapp.training.muon import Muon
 
 LossFunction = Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, dict[str, float]]]
@@ -184,7 +184,7 @@ def train(
     """
     join_processes()
     accelerator = Accelerator(mixed_precision=choose_precision(config.precision))
-    check_split(config.batch_size, accelerator.num_processes, config.gradient_accumulation)
+    check_processes(accelerator, config.batch_size, config.gradient_accumulation)
     if config.gradient_checkpointing:
         if not hasattr(model, "enable_gradient_checkpointing"):
             raise LitappError("this network has no gradient checkpointing: leave it out of [loop]")
