@@ -52,7 +52,9 @@ VARIANTS = {
 ATTENTIONS = (*VARIANTS, "softmax")
 
 
-def replace_self_attention(blocks: nn.ModuleList, attention: str, dim: int, heads: int, bias: bool):
+def replace_self_attention(
+    blocks: nn.ModuleList, attention: str, dim: int, heads: int, bias: bool
+) -> None:
     """Exchange ``attn1`` of every block for the linear attention of that name.
 
     Args:
@@ -124,12 +126,12 @@ class SimplifiedLinearAttention(nn.Module):
         """
         value = self.to_v(hidden_states)
         # Feature maps see one head's channels at a time.
-        query, key, heads = (
+        query, key, values = (
             x.unflatten(2, (self.heads, -1))
             for x in (self.to_q(hidden_states), self.to_k(hidden_states), value)
         )
-        features = (self.feature_map(query), self.feature_map(key), heads)
-        out = linear_attention(*(x.transpose(1, 2) for x in features))
+        parts = (self.feature_map(query), self.feature_map(key), values)
+        out = linear_attention(*(x.transpose(1, 2) for x in parts))
         out = out.transpose(1, 2).flatten(2).to(value.dtype)
         if self.dwc is not None:
             grid = value.transpose(1, 2).unflatten(2, (height, width))
