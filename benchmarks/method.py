@@ -155,6 +155,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--evaluations", type=int, default=20, help="points on each curve")
+    parser.add_argument("--precision", choices=("auto", "no", "bf16"), default="auto")
     parser.add_argument("--older", type=Path, nargs="*", default=[], help="earlier teachers")
     parser.add_argument("--small", type=Path, help="a smaller teacher, to distil")
     parser.add_argument("--variance-of", choices=("nu", "sigma"), default="nu")
@@ -171,6 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.learning_rate,
         options.optimizer,
         options.evaluations,
+        options.precision,
     )
     try:
         shop = Workshop(options.latents, options.teacher, options.output, budget)

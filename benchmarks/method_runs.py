@@ -59,6 +59,7 @@ class Budget:
     learning_rate: float
     optimizer: str
     evaluations: int
+    precision: str = "auto"
 
     def loop(self, seed: int) -> LoopConfig:
         """The loop's configuration: constant rate, so that a curve can be read at any step."""
@@ -67,6 +68,7 @@ class Budget:
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             optimizer=self.optimizer,
+            precision=self.precision,
             warmup_steps=min(50, self.steps // 10),
             schedule="constant_with_warmup",
             ema_decay=0.99 if self.steps < 2000 else 0.999,

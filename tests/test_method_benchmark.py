@@ -38,7 +38,7 @@ def workshop(tmp_path: Path) -> list[str]:
         torch.nn.init.normal_(parameter, std=0.1)
     teacher.save_pretrained(tmp_path / "teacher")
     where = ["--latents", cache, "--teacher", tmp_path / "teacher", "--output", tmp_path / "out"]
-    budget = ["--steps", 4, "--batch-size", 4, "--evaluations", 2]
+    budget = ["--steps", 4, "--batch-size", 4, "--evaluations", 2, "--precision", "no"]
     return [str(argument) for argument in where + budget]
 
 
