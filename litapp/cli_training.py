@@ -19,7 +19,10 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpo
 Resume = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Go on from the last checkpoint in the output.")
 ]
-Data = Annotated[Path | None, typer.Option(help="Your own pictures: an imagefolder directory.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Your own pictures: an imagefolder directory, captioned or of classes."),
+]
 
 
 @app.command("train-vae")
@@ -29,22 +32,24 @@ def train_vae(recipe: Recipe, output: Output, resume: Resume = True) -> None:
 
 
 @app.command("train-teacher")
-def train_teacher(recipe: Recipe, output: Output, resume: Resume = True) -> None:
+def train_teacher(recipe: Recipe, output: Output, data: Data = None, resume: Resume = True) -> None:
     """Train a transformer from noise, without a teacher."""
-    _main("litapp.training.diffusion", "train")(recipe, output, resume)
+    _main("litapp.training.families", "train")(recipe, output, resume, data=data)
 
 
 @app.command("train-kd")
 def train_kd(
     recipe: Recipe,
     output: Output,
-    teacher: Annotated[Path | None, typer.Option(help="Folder of the teacher.")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Folder, .pt, .pth or .safetensors file of the teacher.")
+    ] = None,
     student: Annotated[Path | None, typer.Option(help="Folder of the student to start at.")] = None,
     data: Data = None,
     resume: Resume = True,
 ) -> None:
     """Distil a teacher into a linear diffusion transformer."""
-    main = _main("litapp.training.diffusion", "train")
+    main = _main("litapp.training.families", "train")
     main(recipe, output, resume, teacher=teacher, student=student, data=data)
 
 

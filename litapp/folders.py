@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replace_folder"]
+__all__ = ["recover_folder", "replace_folder"]
 
 
 @contextmanager
@@ -27,3 +27,12 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Finish a replacement that was killed between its two renames; else do nothing."""
+    partial = folder.with_name(folder.name + ".partial")
+    old = folder.with_name(folder.name + ".old")
+    # The old folder is moved away only when the new one is whole.
+    if not folder.exists() and old.exists():
+        (partial if partial.exists() else old).rename(folder)

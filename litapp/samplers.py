@@ -70,8 +70,8 @@ class NoiseSchedule:
 
     Attributes:
         alphas_cumprod: (T,) float64, ``alpha_t^2`` of each timestep, falling from about 1.
-        prediction_type: what the network's first C channels are, ``"v_prediction"`` or
-            ``"epsilon"``.
+        prediction_type: what the network's first C channels are, ``"v_prediction"``,
+            ``"epsilon"`` or ``"sample"`` (x_0).
         spacing: ``"trailing"`` (starts at T-1) or ``"leading"`` (ends at 0); arXiv 2305.08891,
             table 2.
     """
@@ -85,7 +85,7 @@ class NoiseSchedule:
         """Read a diffusers ``scheduler_config.json``; raises LitappError on what it cannot do."""
         prediction = config.get("prediction_type", "epsilon")
         spacing = config.get("timestep_spacing", "trailing")
-        if prediction not in ("v_prediction", "epsilon"):
+        if prediction not in ("v_prediction", "epsilon", "sample"):
             raise LitappError(f"the scheduler's prediction_type {prediction!r} is not supported")
         if spacing not in ("trailing", "leading"):
             raise LitappError(f"the scheduler's timestep_spacing {spacing!r} is not supported")
@@ -164,6 +164,8 @@ def _predict(
     prediction, variance = output[:, : x.shape[1]], output[:, x.shape[1] :]
     if schedule.prediction_type == "v_prediction":
         x0, eps = x0_from_v(x, prediction, alpha, sigma), eps_from_v(x, prediction, alpha, sigma)
+    elif schedule.prediction_type == "sample":
+        x0, eps = prediction, eps_from_x0(x, prediction, alpha, sigma)
     else:
         x0, eps = x0_from_eps(x, prediction, alpha, sigma), prediction
     if clip_x0 is not None:

@@ -2,9 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the linear attentions that the paper compares.
+
+    ``feature_map`` names a function of :data:`FEATURE_MAPS`; ``kernel_size`` is that of the
+    depth-wise convolution on V, 0 for none.
+    """
+
+    feature_map: str = "relu"
+    kernel_size: int = 5
+
+
+def focused(x: Tensor, power: float = 3.0) -> Tensor:
+    """The focused feature map: ReLU features turned towards their axes, their length kept.
+
+    ``f_p(x) = ||x|| / ||x^p|| x^p`` on ``x = ReLU(x)`` (arXiv 2308.00442, equation 6), in float32.
+
+    Args:
+        x: (..., d); the norm is over each vector of d features.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.relu(x.float())
+        length = x.norm(dim=-1, keepdim=True)
+        # On unit vectors: a cube of large features would leave fp16's and waste fp32's range.
+        powered = F.normalize(x, dim=-1) ** power
+        return length * F.normalize(powered, dim=-1)
+
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "focused": focused,
+}
+VARIANTS = {
+    "lit": Variant(),
+    "linear": Variant(kernel_size=0),
+    "focused": Variant("focused"),
+    "gelu": Variant("gelu"),
+}
+ATTENTIONS = (*VARIANTS, "softmax")
+
+
+def replace_self_attention(
+    blocks: nn.ModuleList, attention: str, dim: int, heads: int, bias: bool
+) -> None:
+    """Exchange ``attn1`` of every block for the linear attention of that name.
+
+    Args:
+        attention: one of :data:`ATTENTIONS`; ``softmax`` leaves the blocks as they are.
+
+    Raises:
+        ValueError: there is no such attention, or ``heads`` does not divide ``dim``.
+    """
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention is {attention!r}: use {', '.join(VARIANTS)} or softmax")
+    if attention == "softmax":
+        return
+    variant = VARIANTS[attention]
+    for block in blocks:
+        block.attn1 = SimplifiedLinearAttention(
+            dim, heads, variant.kernel_size, bias, variant.feature_map
+        )
 
 
 class SimplifiedLinearAttention(nn.Module):
@@ -22,13 +89,22 @@ class SimplifiedLinearAttention(nn.Module):
         heads: attention heads; the paper's best are 2 (S) to 4 (XL).
         kernel_size: of the depth-wise convolution; 0 leaves it out (plain linear attention).
         bias: whether Q, K and V have a bias.
+        feature_map: phi, one of :data:`FEATURE_MAPS`; the paper keeps ``relu``.
     """
 
-    def __init__(self, dim: int, heads: int = 2, kernel_size: int = 5, bias: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 2,
+        kernel_size: int = 5,
+        bias: bool = True,
+        feature_map: str = "relu",
+    ) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}")
         self.heads = heads
+        self.feature_map = FEATURE_MAPS[feature_map]
         self.to_q = nn.Linear(dim, dim, bias=bias)
         self.to_k = nn.Linear(dim, dim, bias=bias)
         self.to_v = nn.Linear(dim, dim, bias=bias)
@@ -48,25 +124,27 @@ class SimplifiedLinearAttention(nn.Module):
         Returns:
             (B, N, dim).
         """
-        query = F.relu(self.to_q(hidden_states))
-        key = F.relu(self.to_k(hidden_states))
         value = self.to_v(hidden_states)
-        out = linear_attention(*(self._split(x) for x in (query, key, value)))
+        # Feature maps see one head's channels at a time.
+        query, key, values = (
+            x.unflatten(2, (self.heads, -1))
+            for x in (self.to_q(hidden_states), self.to_k(hidden_states), value)
+        )
+        parts = (self.feature_map(query), self.feature_map(key), values)
+        out = linear_attention(*(x.transpose(1, 2) for x in parts))
         out = out.transpose(1, 2).flatten(2).to(value.dtype)
         if self.dwc is not None:
             grid = value.transpose(1, 2).unflatten(2, (height, width))
             out = out + self.dwc(grid).flatten(2).transpose(1, 2)
         return self.to_out[0](out)
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
-
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-6) -> Tensor:
-    """``q (k^T v) / (q sum_j k_j^T)`` for non-negative features, O(N d^2).
+    """``q (k^T v) / (q sum_j k_j^T)``, O(N d^2).
 
     Args:
-        query, key, value: (B, heads, N, d), query and key >= 0.
+        query, key, value: (B, heads, N, d). Features below 0, as GELU's, can bring the normaliser
+            near 0 from either side: the paper's ReLU is the one without that risk.
         eps: added to the normaliser, which is 0 where every feature of a query is.
 
     Returns:

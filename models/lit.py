@@ -12,9 +12,7 @@ from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from litapp.models.attention import SimplifiedLinearAttention
-
-ATTENTION_KERNELS = {"lit": 5, "linear": 0}
+from litapp.models.attention import replace_self_attention
 
 
 class LiTTransformer2DModel(PixArtTransformer2DModel):
@@ -23,8 +21,9 @@ class LiTTransformer2DModel(PixArtTransformer2DModel):
     Adds to PixArt's configuration:
 
     Args:
-        attention: ``lit`` (linear + 5x5 depth-wise convolution), ``linear`` or ``softmax``
-            (PixArt's own: the teacher).
+        attention: ``lit`` (linear + 5x5 depth-wise convolution), ``linear`` (without it),
+            ``focused`` or ``gelu`` (LiT with that feature map), or ``softmax`` (PixArt's own: the
+            teacher).
         linear_heads: heads of the linear self-attention; cross-attention keeps
             ``num_attention_heads``.
         pooled_projection_dim: size of a pooled text embedding that is added to the timestep
@@ -87,16 +86,11 @@ class LiTTransformer2DModel(PixArtTransformer2DModel):
             attention_type=attention_type,
         )
         dim = num_attention_heads * attention_head_dim
-        if attention not in (*ATTENTION_KERNELS, "softmax"):
-            raise ValueError(f"attention is {attention!r}: use lit, linear or softmax")
         if positions not in ("stretched", "short_side"):
             raise ValueError(f"positions is {positions!r}: use stretched or short_side")
-        if attention != "softmax":
-            kernel_size = ATTENTION_KERNELS[attention]
-            for block in self.transformer_blocks:
-                block.attn1 = SimplifiedLinearAttention(
-                    dim, linear_heads, kernel_size, attention_bias
-                )
+        replace_self_attention(
+            self.transformer_blocks, attention, dim, linear_heads, attention_bias
+        )
         self.pooled_projection = (
             PixArtAlphaTextProjection(pooled_projection_dim, dim) if pooled_projection_dim else None
         )

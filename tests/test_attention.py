@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litapp.models.attention import SimplifiedLinearAttention, linear_attention
+from litapp.models.attention import (
+    VARIANTS,
+    SimplifiedLinearAttention,
+    Variant,
+    focused,
+    linear_attention,
+    replace_self_attention,
+)
 
 
 @settings(max_examples=20, deadline=None)
@@ -77,3 +87,78 @@ def test_the_convolution_is_depth_wise_5x5_on_values() -> None:
 def test_refuses_heads_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match="not a multiple"):
         SimplifiedLinearAttention(16, heads=3)
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS.items())
+def test_each_variant_is_its_explicit_form(name: str, variant: Variant) -> None:
+    torch.manual_seed(0)
+    attention = SimplifiedLinearAttention(
+        12, 2, variant.kernel_size, feature_map=variant.feature_map
+    )
+    tokens = torch.randn(2, 12, 12) + 1
+    query, key, value = (
+        layer(tokens).unflatten(2, (2, 6)).transpose(1, 2)
+        for layer in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    features = {
+        "relu": lambda x: x.clamp(min=0),
+        "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
+        "focused": lambda x: _focused(x.clamp(min=0)),
+    }[variant.feature_map]
+    weights = features(query) @ features(key).transpose(-1, -2)
+    # A query without a feature weighs nothing: 0 / 0 stands for 0.
+    shares = (weights / weights.sum(-1, keepdim=True)).nan_to_num()
+    out = (shares @ value).transpose(1, 2).flatten(2)
+    if name != "linear":
+        grid = attention.to_v(tokens).transpose(1, 2).unflatten(2, (3, 4))
+        kernel, bias = attention.dwc.weight, attention.dwc.bias
+        out = out + F.conv2d(grid, kernel, bias, padding=2, groups=12).flatten(2).transpose(1, 2)
+    expected = out @ attention.to_out[0].weight.T + attention.to_out[0].bias
+    torch.testing.assert_close(attention(tokens, 3, 4), expected, rtol=1e-3, atol=1e-3)
+
+
+def _focused(x: torch.Tensor) -> torch.Tensor:
+    cubes = x**3
+    lengths = [v.square().sum(-1, keepdim=True).sqrt() for v in (x, cubes)]
+    return lengths[0] / (lengths[1] + 1e-20) * cubes
+
+
+def test_focused_features_by_hand() -> None:
+    # ReLU leaves (3, 0, 4), of length 5; its cubes (27, 0, 64) have length 69.46.
+    length = 5 / math.sqrt(27**2 + 64**2)
+    expected = torch.tensor([27 * length, 0.0, 64 * length])
+    torch.testing.assert_close(focused(torch.tensor([3.0, -2.0, 4.0])), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_focused_features_keep_their_length_and_never_are_nan(scale: float) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(50, 8) * scale).requires_grad_()
+    torch.testing.assert_close(
+        focused(x).norm(dim=-1), x.clamp(min=0).norm(dim=-1), rtol=1e-3, atol=0
+    )
+    nothing = (-torch.ones(3, 8)).requires_grad_()
+    (focused(x).sum() + focused(nothing).sum()).backward()
+    assert x.grad.isfinite().all()
+    assert torch.equal(nothing.grad, torch.zeros(3, 8))
+
+
+def test_the_same_weights_attend_over_any_grid() -> None:
+    torch.manual_seed(0)
+    attention = SimplifiedLinearAttention(8, heads=2)
+    small = torch.randn(1, 3, 3, 8)
+    # A picture repeated 3 x 3 times has the same means over its tokens; and the convolution
+    # sees the same neighbours wherever it is two tokens from the border.
+    large = small.repeat(1, 3, 3, 1)
+    without = SimplifiedLinearAttention(8, heads=2, kernel_size=0)
+    without.load_state_dict(attention.state_dict(), strict=False)
+    one = without(small.flatten(1, 2), 3, 3).unflatten(1, (3, 3))
+    nine = without(large.flatten(1, 2), 9, 9).unflatten(1, (9, 9))
+    torch.testing.assert_close(nine, one.repeat(1, 3, 3, 1), rtol=0, atol=1e-5)
+    full = attention(large.flatten(1, 2), 9, 9).unflatten(1, (9, 9))
+    torch.testing.assert_close(full[:, 3:6, 2:4], full[:, 3:6, 5:7], rtol=0, atol=1e-5)
+
+
+def test_unknown_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="attention is 'fancy'"):
+        replace_self_attention(torch.nn.ModuleList(), "fancy", 8, 2, True)

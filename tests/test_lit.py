@@ -109,7 +109,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 
 
 def test_unknown_attention_is_refused() -> None:
-    with pytest.raises(ValueError, match="use lit, linear or softmax"):
+    with pytest.raises(ValueError, match="use lit, linear, focused, gelu or softmax"):
         LiTTransformer2DModel(**SMALL, attention="fancy")
 
 

@@ -33,6 +33,7 @@ SHAPE = (2, 4, 6, 5)
 COSINE_V = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
 LINEAR_V = {"beta_schedule": "linear", "prediction_type": "v_prediction"}
 LINEAR_EPS = {"beta_schedule": "linear", "prediction_type": "epsilon"}
+LINEAR_X0 = {"beta_schedule": "linear", "prediction_type": "sample"}
 
 
 def config_of(kind: dict[str, str], spacing: str = "trailing") -> dict[str, Any]:
@@ -64,7 +65,7 @@ def run_ours(sampler: Any, kind: dict[str, Any], steps: int, **options: Any) -> 
     return sampler(network, start(), schedule, schedule.timesteps(steps), rng=rng, **options)
 
 
-@pytest.mark.parametrize("kind", [COSINE_V, LINEAR_V, LINEAR_EPS])
+@pytest.mark.parametrize("kind", [COSINE_V, LINEAR_V, LINEAR_EPS, LINEAR_X0])
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 50])
 def test_dpmsolver_agrees_with_diffusers(kind: dict[str, str], steps: int) -> None:
     config = config_of(kind)
@@ -87,7 +88,7 @@ def test_dpmsolver_clips_x0_as_diffusers_thresholds_at_one() -> None:
     assert np.abs(clipped - run_ours(dpmsolver_pp_2m, config, 12)).max() > 0.01
 
 
-@pytest.mark.parametrize("kind", [COSINE_V, LINEAR_V, LINEAR_EPS])
+@pytest.mark.parametrize("kind", [COSINE_V, LINEAR_V, LINEAR_EPS, LINEAR_X0])
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
 @pytest.mark.parametrize("clip_x0", [None, 0.7])
 def test_ddim_agrees_with_diffusers(
@@ -104,7 +105,7 @@ def test_ddim_agrees_with_diffusers(
     np.testing.assert_allclose(ours, reference, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", [COSINE_V, LINEAR_V, LINEAR_EPS])
+@pytest.mark.parametrize("kind", [COSINE_V, LINEAR_V, LINEAR_EPS, LINEAR_X0])
 @pytest.mark.parametrize("clip_x0", [None, 0.7])
 def test_ddpm_with_learned_variance_agrees_with_diffusers(
     kind: dict[str, str], clip_x0: float | None, monkeypatch: pytest.MonkeyPatch
@@ -228,7 +229,7 @@ def test_impossible_step_counts_are_refused(steps: int) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {"prediction_type": "sample"},
+        {"prediction_type": "flow"},
         {"beta_schedule": "scaled_linear"},
         {"timestep_spacing": "linspace"},
         {"rescale_betas_zero_snr": True},

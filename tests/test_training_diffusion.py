@@ -138,3 +138,25 @@ def test_a_teacher_that_cannot_be_used_leaves_nothing_behind(workshop: Path) -> 
     with pytest.raises(LitappError, match="there is no teacher in"):
         run(workshop, "out", teacher="nowhere")
     assert not (workshop / "out").exists()
+
+
+def test_micro_batches_and_checkpointing_give_the_same_loss_curve(workshop: Path) -> None:
+    whole = (run(workshop, "whole") / "metrics.jsonl").read_text().splitlines()
+    recipe = (workshop / "recipe.toml").read_text()
+    options = "[loop]\ngradient_accumulation = 2\ngradient_checkpointing = true"
+    (workshop / "recipe.toml").write_text(recipe.replace("[loop]", options))
+    parts = (run(workshop, "parts") / "metrics.jsonl").read_text().splitlines()
+    for one, other in zip(map(json.loads, whole), map(json.loads, parts), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["kd_noise"] == pytest.approx(one["kd_noise"], rel=1e-3, abs=2e-6)
+
+
+def test_noise_can_be_predicted_instead_of_v(workshop: Path) -> None:
+    recipe = workshop / "recipe.toml"
+    recipe.write_text(recipe.read_text() + "[diffusion]\nprediction_type = 'epsilon'\n")
+    output = run(workshop, "out")
+    scheduler = json.loads((output / "model" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "epsilon"
+    recipe.write_text(recipe.read_text().replace("epsilon", "sample"))
+    with pytest.raises(LitappError, match="prediction_type is 'sample'"):
+        run(workshop, "other")

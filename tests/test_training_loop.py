@@ -6,12 +6,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from litapp.errors import LitappError
-from litapp.folders import replace_folder
+from litapp.folders import recover_folder, replace_folder
+from litapp.training.distributed import check_processes
 from litapp.training.loop import LoopConfig, train
 from litapp.training.muon import Muon, orthogonalise
 from litapp.training.recipe import from_table, load_recipe
@@ -129,6 +132,67 @@ def test_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         raise RuntimeError
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("model.")]
     assert [path.name for path in folder.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("new_is_there", [True, False])
+def test_a_replacement_killed_between_its_renames_is_finished(
+    tmp_path: Path, new_is_there: bool
+) -> None:
+    folder = tmp_path / "checkpoint"
+    (tmp_path / "checkpoint.old").mkdir()
+    if new_is_there:
+        (tmp_path / "checkpoint.partial").mkdir()
+        (tmp_path / "checkpoint.partial" / "new").touch()
+    recover_folder(folder)
+    assert [path.name for path in folder.iterdir()] == (["new"] if new_is_there else [])
+
+
+def test_a_partial_folder_alone_is_not_taken_for_whole(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.partial").mkdir()
+    recover_folder(tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_what_was_logged_after_the_checkpoint_is_logged_once(tmp_path: Path) -> None:
+    train(Net(), regress, batches, replace(CONFIG, steps=10), tmp_path, resume=False)
+    with (tmp_path / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 15, "loss": 9.0}\n{"step": 2')  # a kill, mid-line
+    train(Net(), regress, batches, CONFIG, tmp_path, resume=True)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(5, 31, 5))
+    assert all(row["loss"] < 9 for row in rows)
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
+    def quiet(model: torch.nn.Module, x: torch.Tensor, _: torch.Generator):
+        return (model(x) - x.flip(-1)).square().mean(), {}
+
+    whole, parts = Net(), Net()
+    train(whole, quiet, batches, CONFIG, tmp_path / "whole", resume=False)
+    config = replace(CONFIG, gradient_accumulation=4)
+    train(parts, quiet, batches, config, tmp_path / "parts", resume=False)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_what_the_loop_cannot_do_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(LitappError, match="batch_size 8 is not a multiple of 1 processes x 3"):
+        train(
+            Net(), regress, batches, replace(CONFIG, gradient_accumulation=3), tmp_path / "a", False
+        )
+    with pytest.raises(LitappError, match="no gradient checkpointing"):
+        train(
+            Net(),
+            regress,
+            batches,
+            replace(CONFIG, gradient_checkpointing=True),
+            tmp_path / "a",
+            False,
+        )
+    assert not (tmp_path / "a").exists()
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP, num_processes=1)
+    with pytest.raises(LitappError, match="FSDP shards the weights"):
+        check_processes(sharded, 8, 1)
 
 
 def test_recipes_that_cannot_be_read_are_one_clear_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ terms join the diffusion loss.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from litapp.models.inherit import inherit
 from litapp.models.lit import LiTTransformer2DModel
 from litapp.models.text_encoder import load_text_encoder
 from litapp.training.data.art import SpriteStore
+from litapp.training.distributed import join_processes
 from litapp.training.latents import (
     CacheConfig,
     LatentData,
@@ -28,7 +30,8 @@ from litapp.training.latents import (
     build_scene_cache,
 )
 from litapp.training.loop import LoopConfig, train
-from litapp.training.losses import Diffusion, Distillation, diffusion_loss, distillation_loss
+from litapp.training.losses import PREDICTIONS, Diffusion, Distillation
+from litapp.training.objective import Objective, load_network
 from litapp.training.recipe import from_table, load_recipe
 from litapp.training.samples import SampleConfig, Sampler
 
@@ -48,6 +51,12 @@ class DiffusionConfig:
     text_length: int = 32
     logit_mean: float = 0.0
     logit_std: float = 0.0
+    prediction_type: str = "v_prediction"
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTIONS:
+            known = ", ".join(PREDICTIONS)
+            raise ValueError(f"prediction_type is {self.prediction_type!r}: use one of {known}")
 
     def timesteps(self, count: int, steps: int, generator: torch.Generator) -> Tensor:
         """(count,) int64 timesteps in 0..steps-1."""
@@ -62,18 +71,18 @@ class DiffusionConfig:
             beta_start=self.beta_start,
             beta_end=self.beta_end,
             beta_schedule="linear",
-            prediction_type="v_prediction",
+            prediction_type=self.prediction_type,
             variance_type="learned_range",
             timestep_spacing="trailing",
             clip_sample=False,
         )
 
 
-def _load(kind: type, folder: Path, role: str, **changes: object):
+def _load(kind: type, folder: Path, role: str):
     if not (folder / "config.json").is_file():
         raise LitappError(f"there is no {role} in {folder}: it needs config.json and safetensors")
     try:
-        return kind.from_pretrained(folder, use_safetensors=True, **changes)
+        return kind.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, KeyError) as error:
         reason = (str(error).splitlines() or ["unreadable"])[0]
         raise LitappError(f"cannot load the {role} from {folder}: {reason}") from error
@@ -81,13 +90,13 @@ def _load(kind: type, folder: Path, role: str, **changes: object):
 
 def _model(tables: dict, student: Path | None, teacher: nn.Module | None) -> LiTTransformer2DModel:
     """The network to train: read from a folder, or fresh and then inheriting from the teacher."""
-    options = dict(tables["model"])
+    options = {name: value for name, value in tables["model"].items() if name != "family"}
     start = options.pop("start", None)
-    if student or start:
-        # Beside `start`, the table holds changes: a stage at another size, say.
-        changes = options if start else {}
-        return _load(LiTTransformer2DModel, Path(student or start), "student", **changes)
+    if student:
+        return _load(LiTTransformer2DModel, student, "student")
     torch.manual_seed(tables["loop"].get("seed", 0))
+    if start:
+        return _adapt(_load(LiTTransformer2DModel, Path(start), "student"), options)
     model = LiTTransformer2DModel(**options)
     model.initialise()
     if teacher is not None:
@@ -95,7 +104,21 @@ def _model(tables: dict, student: Path | None, teacher: nn.Module | None) -> LiT
             report = inherit(model, teacher)
         except ValueError as error:
             raise LitappError(f"this teacher does not fit the student: {error}") from error
-        print(f"{len(report.inherited)} tensors inherited, {len(report.fresh)} fresh")
+        counts = f"{len(report.inherited)} tensors inherited, {len(report.fresh)} fresh"
+        print(counts, file=sys.stderr)
+    return model
+
+
+def _adapt(network: LiTTransformer2DModel, changes: dict) -> LiTTransformer2DModel:
+    """The network with another configuration; tensors whose shape that changes start fresh."""
+    if not changes:
+        return network
+    model = LiTTransformer2DModel.from_config({**network.config, **changes})
+    model.initialise()
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    kept = {k: v for k, v in network.state_dict().items() if shapes.get(k) == v.shape}
+    model.load_state_dict(kept, strict=False)
+    print(f"{len(kept)} tensors kept, {len(shapes) - len(kept)} fresh", file=sys.stderr)
     return model
 
 
@@ -118,7 +141,7 @@ def main(
     """Run a recipe; writes ``output/model/{transformer,autoencoder,scheduler}``.
 
     Args:
-        teacher: folder of a LiTTransformer2DModel to inherit from and to distil.
+        teacher: folder or file of a text-to-image model to inherit from and to distil.
         student: folder of weights to start from instead of the recipe's ``[model]``.
         data: an imagefolder to train on instead of the recipe's ``[[data]]``.
 
@@ -131,29 +154,21 @@ def main(
     weights = from_table(Distillation, tables.get("distillation", {}), "distillation")
     samples = from_table(SampleConfig, tables.get("samples", {}), "samples")
     autoencoder = _load(SceneAutoencoder, Path(tables["autoencoder"]["path"]), "autoencoder").eval()
-    mentor = _load(LiTTransformer2DModel, teacher, "teacher").eval() if teacher else None
+    mentor = load_network(teacher, "pixart", tables.get("teacher", {})) if teacher else None
     model = _model(tables, student, mentor)
     tokenizer, encoder = load_text_encoder()
-    if data is not None:
-        size = model.config.sample_size * autoencoder.reduction
-        caches = [build_folder_cache(data, output / "latents", autoencoder, size)]
-    else:
-        caches = _scene_caches(tables, autoencoder)
+    process = join_processes()
+    with process.main_process_first():
+        if data is not None:
+            size = model.config.sample_size * autoencoder.reduction
+            caches = [build_folder_cache(data, output / "latents", autoencoder, size)]
+        else:
+            caches = _scene_caches(tables, autoencoder)
     latents = LatentData(caches, tokenizer, encoder, config.text_length)
     scheduler = config.scheduler()
     diffusion = Diffusion(scheduler)
 
-    def loss_function(model: nn.Module, batch: dict, generator: torch.Generator):
-        x0 = batch.pop("latents")
-        t = config.timesteps(len(x0), diffusion.steps, generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        x_t = diffusion.add_noise(x0, noise, t)
-        out = model(x_t, timestep=t, **batch, return_dict=False)[0]
-        loss, figures = diffusion_loss(diffusion, out, x0, noise, x_t, t, config.vlb_weight)
-        if mentor is not None:
-            term, more = _distil(diffusion, mentor, out, x_t, t, batch, weights)
-            loss, figures = loss + term, {**figures, **more}
-        return loss, figures
+    objective = Objective(diffusion, config.timesteps, config.vlb_weight, mentor, weights)
 
     def batches(step: int):
         return latents.batches(step, loop.batch_size, config.caption_dropout, loop.seed)
@@ -163,23 +178,10 @@ def main(
     def on_sample(model: nn.Module, step: int) -> None:
         sampler.grid(model, output / "samples" / f"step-{step:06d}.png")
 
-    train(model, loss_function, batches, loop, output, resume, on_sample)
+    train(model, objective, batches, loop, output, resume, on_sample, objective.draw)
+    if not process.is_main_process:
+        return
     with replace_folder(output / "model") as partial:
         model.save_pretrained(partial / "transformer")
         autoencoder.save_pretrained(partial / "autoencoder")
         scheduler.save_pretrained(partial / "scheduler")
-
-
-def _distil(
-    diffusion: Diffusion,
-    mentor: nn.Module,
-    out: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    batch: dict,
-    weights: Distillation,
-) -> tuple[Tensor, dict[str, float]]:
-    """The hybrid distillation term: the teacher sees the same noise, timestep and condition."""
-    with torch.no_grad():
-        target = mentor(x_t, timestep=t, **batch, return_dict=False)[0]
-    return distillation_loss(diffusion, out, target, x_t, t, weights)

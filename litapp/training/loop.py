@@ -10,6 +10,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,21 @@ from torch import Tensor, nn
 from transformers.optimization import get_scheduler
 
 from litapp.errors import LitappError
-from litapp.folders import replace_folder
+from litapp.folders import recover_folder, replace_folder
+from litapp.training.distributed import average, check_processes, join_processes, share
 from litapp.training.muon import Muon
 
 LossFunction = Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, dict[str, float]]]
+Draw = Callable[[Any, torch.Generator], Any]
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long and how hard to train; the ``[loop]`` table of a recipe."""
+    """How long and how hard to train; the ``[loop]`` table of a recipe.
+
+    ``batch_size`` counts the samples of one step, over all processes and over the
+    ``gradient_accumulation`` micro-batches of each.
+    """
 
     steps: int
     batch_size: int
@@ -50,6 +57,8 @@ class LoopConfig:
     sample_every: int = 500
     log_every: int = 20
     seed: int = 0
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
 
 
 def choose_precision(requested: str) -> str:
@@ -161,6 +170,7 @@ def train(
     output: Path,
     resume: bool,
     on_sample: Callable[[nn.Module, int], None] | None = None,
+    draw: Draw | None = None,
 ) -> bool:
     """Train ``model`` in place and leave it holding the averaged weights.
 
@@ -171,12 +181,20 @@ def train(
         output: gets ``metrics.jsonl`` and ``checkpoint/``.
         resume: go on from ``output/checkpoint`` where there is one.
         on_sample: called with the averaged weights in place, every ``sample_every`` steps.
+        draw: adds what is random to a batch, before it is shared out to processes and
+            micro-batches; what ``loss_function`` draws itself differs with their number.
 
     Returns:
         Whether all steps were done; False when a signal asked to stop early.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    join_processes()
     accelerator = Accelerator(mixed_precision=choose_precision(config.precision))
+    check_processes(accelerator, config.batch_size, config.gradient_accumulation)
+    if config.gradient_checkpointing:
+        if not hasattr(model, "enable_gradient_checkpointing"):
+            raise LitappError("this network has no gradient checkpointing: leave it out of [loop]")
+        model.enable_gradient_checkpointing()
+    output.mkdir(parents=True, exist_ok=True)
     optimizers = make_optimizers(model, config)
     schedulers = _schedulers(optimizers, config)
     raw = model
@@ -184,21 +202,29 @@ def train(
     ema = EMAModel(raw.parameters(), decay=config.ema_decay, foreach=True)
     stop = _StopRequested()
     checkpoint = output / "checkpoint"
+    main = accelerator.is_main_process
+    if main:
+        recover_folder(checkpoint)
+    accelerator.wait_for_everyone()
     step = 0
     if resume and checkpoint.is_dir():
         step = load_checkpoint(checkpoint, raw, ema, optimizers, schedulers)
+    if main:
+        _trim_log(output, step)
     saved = time.monotonic()
     source = batches(step)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not main) as progress:
         task = progress.add_task("training", total=config.steps, completed=step)
         started, first = time.monotonic(), step
-        while step < config.steps and not stop.now:
+        while step < config.steps:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            with accelerator.autocast():
-                loss, figures = loss_function(model, next(source), generator)
-            accelerator.backward(loss)
+            batch = next(source)
+            batch = draw(batch, generator) if draw else batch
+            parts = share(batch, accelerator, config.gradient_accumulation)
+            figures = _backward(accelerator, model, loss_function, parts, generator)
+            figures = average([{**row, "stop": float(stop.now)} for row in figures], accelerator)
             norm = accelerator.clip_grad_norm_(raw.parameters(), config.max_grad_norm)
             if not torch.isfinite(norm):
                 raise LitappError(f"step {step}: the gradient is not finite; lower learning_rate")
@@ -208,20 +234,61 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
             ema.step(raw.parameters())
             step += 1
-            progress.update(task, completed=step, description=f"loss {loss.item():.4f}")
-            if step % config.log_every == 0 and accelerator.is_main_process:
+            loss, stopping = figures.pop("loss"), figures.pop("stop") > 0
+            progress.update(task, completed=step, description=f"loss {loss:.4f}")
+            if step % config.log_every == 0 and main:
                 rate = (step - first) * config.batch_size / (time.monotonic() - started)
-                _log(output, step, loss.item(), float(norm), rate, schedulers[0], figures)
-            if accelerator.is_main_process:
+                _log(output, step, loss, float(norm), rate, schedulers[0], figures)
+            if main:
                 if time.monotonic() - saved > config.checkpoint_minutes * 60:
                     save_checkpoint(checkpoint, step, raw, ema, optimizers, schedulers)
                     saved = time.monotonic()
                 if on_sample and step % config.sample_every == 0:
                     _with_average(raw, ema, lambda at=step: on_sample(raw, at))
-    if accelerator.is_main_process:
+            if stopping:
+                break
+    if main:
         save_checkpoint(checkpoint, step, raw, ema, optimizers, schedulers)
+    accelerator.wait_for_everyone()
     ema.copy_to(raw.parameters())
     return step >= config.steps
+
+
+def _backward(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loss_function: LossFunction,
+    parts: list,
+    generator: torch.Generator,
+) -> list[dict[str, float]]:
+    """Add up the gradients of the micro-batches; returns the loss and figures of each."""
+    rows = []
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        # Processes exchange gradients once a step, with the last micro-batch.
+        with nullcontext() if last else accelerator.no_sync(model):
+            with accelerator.autocast():
+                loss, figures = loss_function(model, part, generator)
+            accelerator.backward(loss / len(parts))
+        rows.append({"loss": loss.item(), **figures})
+    return rows
+
+
+def _trim_log(output: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint that a killed run goes on from."""
+    log = output / "metrics.jsonl"
+    if not log.is_file():
+        return
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the line that the kill cut short
+    partial = log.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(log)
 
 
 def _with_average(model: nn.Module, ema: EMAModel, call: Callable[[], None]) -> None:

@@ -1,7 +1,8 @@
-"""The diffusion losses: v-prediction, learned variance and hybrid distillation.
+"""The diffusion losses: v, noise or x_0, learned variance and hybrid distillation.
 
 Symbols as in iDDPM (arXiv 2102.09672) and LiT (arXiv 2501.12976). A network's output has 2C
-channels: the prediction of v and the interpolation ``nu`` between the two posterior variances.
+channels: the prediction (of v, the noise or x_0, as the schedule says) and the interpolation ``nu``
+between the two posterior variances.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+PREDICTIONS = ("v_prediction", "epsilon", "sample")
+SAMPLE_WEIGHT = 5.0
+
 
 class Diffusion:
     """The forward process of a DDPM schedule, in float32.
 
     Args:
-        scheduler: gives ``alphas_cumprod`` (length T).
+        scheduler: gives ``alphas_cumprod`` (length T) and ``prediction_type``, one of
+            :data:`PREDICTIONS` in diffusers' words.
     """
 
     def __init__(self, scheduler: DDPMScheduler) -> None:
@@ -28,6 +33,7 @@ class Diffusion:
         beta = 1 - acp / previous
         variance = beta * (1 - previous) / (1 - acp)
         self.steps = len(acp)
+        self.prediction_type = scheduler.config.prediction_type
         self.alphas_cumprod = acp.float()
         self.log_beta = beta.log().float()
         # At t = 0 the posterior variance is 0: clipped to that of t = 1, as iDDPM does.
@@ -59,6 +65,43 @@ class Diffusion:
         acp = self._at(self.alphas_cumprod, t)
         return acp.sqrt() * x_t - (1 - acp).sqrt() * v
 
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network predicts: the noise, v or x_0."""
+        if self.prediction_type == "sample":
+            return x0
+        return noise if self.prediction_type == "epsilon" else self.velocity(x0, noise, t)
+
+    def simple_loss(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """L_simple: the squared error of what the network predicts.
+
+        For x_0 each sample is weighed by ``min(1 / (1 - acp), 5)``: its error is that of v, but
+        bounded, since a network need not carry the noise that is left near t = 0 (min-SNR,
+        arXiv 2303.09556, section 3.4).
+        """
+        squares = (prediction - self.target(x0, noise, t)).square()
+        if self.prediction_type == "sample":
+            weight = 1 / (1 - self._at(self.alphas_cumprod, t))
+            squares = squares * weight.clamp(max=SAMPLE_WEIGHT)
+        return squares.mean()
+
+    def predicted_noise(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """``eps`` from the network's prediction."""
+        if self.prediction_type == "epsilon":
+            return prediction
+        if self.prediction_type == "sample":
+            acp = self._at(self.alphas_cumprod, t)
+            return (x_t - acp.sqrt() * prediction) / (1 - acp).sqrt()
+        return self.noise_from_velocity(prediction, x_t, t)
+
+    def predicted_start(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """``x_0`` from the network's prediction (for noise: DDPM, equation 15)."""
+        if self.prediction_type == "sample":
+            return prediction
+        if self.prediction_type == "epsilon":
+            acp = self._at(self.alphas_cumprod, t)
+            return (x_t - (1 - acp).sqrt() * prediction) / acp.sqrt()
+        return self.start_from_velocity(prediction, x_t, t)
+
     def log_variance(self, nu: Tensor, t: Tensor) -> Tensor:
         """``log Sigma`` for ``nu`` in [-1, 1] (iDDPM, equation 15)."""
         low, high = self._at(self.log_posterior, t), self._at(self.log_beta, t)
@@ -71,14 +114,14 @@ class Diffusion:
 
 
 def variational_bound(
-    diffusion: Diffusion, v: Tensor, nu: Tensor, x0: Tensor, x_t: Tensor, t: Tensor
+    diffusion: Diffusion, prediction: Tensor, nu: Tensor, x0: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
     """L_vlb per sample in bits per dimension, with the mean detached (iDDPM, section 3.1).
 
     KL(q || p) for t > 0. At t = 0 latents have no natural bins, so the term is the Gaussian
     negative log likelihood of x_0.
     """
-    predicted = diffusion.start_from_velocity(v.detach(), x_t, t)
+    predicted = diffusion.predicted_start(prediction.detach(), x_t, t)
     mean = diffusion.posterior_mean(predicted, x_t, t)
     log_variance = diffusion.log_variance(nu, t)
     true_mean = diffusion.posterior_mean(x0, x_t, t)
@@ -94,10 +137,21 @@ def variational_bound(
 
 @dataclass(frozen=True)
 class Distillation:
-    """Weights of LiT's hybrid distillation (arXiv 2501.12976, section 3.3)."""
+    """LiT's hybrid distillation (arXiv 2501.12976, section 3.3); the ``[distillation]`` table.
+
+    ``noise`` and ``variance`` weigh the two terms. ``variance_of`` says what the second compares:
+    ``sigma``, the variances as the paper's equation has them, or ``nu``, the network's own outputs
+    that interpolate between their bounds. Variances are at most 0.02 and their bounds a hair apart
+    at most timesteps, so that ``sigma`` teaches next to nothing (``docs/method.md``).
+    """
 
     noise: float = 0.5
     variance: float = 0.05
+    variance_of: str = "sigma"
+
+    def __post_init__(self) -> None:
+        if self.variance_of not in ("sigma", "nu"):
+            raise ValueError(f"variance_of is {self.variance_of!r}: use sigma or nu")
 
 
 def diffusion_loss(
@@ -109,14 +163,14 @@ def diffusion_loss(
     t: Tensor,
     vlb_weight: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """``L_simple`` on v plus ``vlb_weight`` times L_vlb for the learned variance.
+    """``L_simple`` plus ``vlb_weight`` times L_vlb for the learned variance.
 
     Args:
-        output: (B, 2C, h, w) prediction of v and nu.
+        output: (B, 2C, h, w) prediction and nu.
     """
-    v, nu = output.float().chunk(2, dim=1)
-    simple = F.mse_loss(v, diffusion.velocity(x0, noise, t))
-    bound = variational_bound(diffusion, v, nu, x0, x_t, t).mean()
+    prediction, nu = output.float().chunk(2, dim=1)
+    simple = diffusion.simple_loss(prediction, x0, noise, t)
+    bound = variational_bound(diffusion, prediction, nu, x0, x_t, t).mean()
     figures = {"simple": simple.item(), "vlb": bound.item()}
     return simple + vlb_weight * bound, figures
 
@@ -135,8 +189,10 @@ def distillation_loss(
         student, teacher: (B, 2C, h, w) outputs for the same x_t, t and condition.
     """
     parts = [out.float().chunk(2, dim=1) for out in (student, teacher)]
-    noises = [diffusion.noise_from_velocity(v, x_t, t) for v, _ in parts]
-    variances = [diffusion.log_variance(nu, t).exp() for _, nu in parts]
+    noises = [diffusion.predicted_noise(prediction, x_t, t) for prediction, _ in parts]
+    variances = [nu for _, nu in parts]
+    if weights.variance_of == "sigma":
+        variances = [diffusion.log_variance(nu, t).exp() for nu in variances]
     noise = F.mse_loss(noises[0], noises[1])
     variance = F.mse_loss(variances[0], variances[1])
     figures = {"kd_noise": noise.item(), "kd_variance": variance.item()}

@@ -40,5 +40,5 @@ def from_table(kind: type, table: dict, where: str):
     """Build the dataclass ``kind`` from a recipe's table; one clear line for a wrong key."""
     try:
         return kind(**table)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise LitappError(f"recipe, [{where}]: {error}") from error

@@ -53,20 +53,22 @@ class Sampler:
         count, side = len(self.config.prompts), model.config.sample_size
         generator = torch.Generator().manual_seed(self.config.seed)
         x = torch.randn(count, model.config.in_channels, side, side, generator=generator)
+        x = x.to(model.device)
+        texts = {name: value.to(x.device) for name, value in self.texts.items()}
         self.scheduler.set_timesteps(self.config.steps)
         for t in self.scheduler.timesteps:
             out = model(
                 torch.cat([x, x]),
-                timestep=t.expand(2 * count),
-                encoder_hidden_states=self.texts["states"],
-                encoder_attention_mask=self.texts["mask"],
-                pooled_projections=self.texts["pooled"],
+                timestep=t.to(x.device).expand(2 * count),
+                encoder_hidden_states=texts["states"],
+                encoder_attention_mask=texts["mask"],
+                pooled_projections=texts["pooled"],
                 return_dict=False,
             )[0]
             wanted, empty = out[:, : x.shape[1]].chunk(2)
             v = empty + self.config.guidance * (wanted - empty)
             x = self.scheduler.step(v, t, x, return_dict=False)[0]
-        return x
+        return x.cpu()
 
     @torch.no_grad()
     def grid(self, model: nn.Module, path: Path) -> None:

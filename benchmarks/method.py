@@ -1,0 +1,190 @@
+"""The claims of LiT (arXiv 2501.12976), measured again: one table per subcommand.
+
+``python benchmarks/method.py heads --latents CACHE --teacher FOLDER --output runs/method
+--steps 1000``. The latents are a cache that ``litapp train-teacher`` made; the teacher is the
+softmax model that was trained on them. Quality is the error on held-out latents (lower is better)
+of the averaged weights; every student is also kept in ``OUTPUT/TABLE/CELL-seedN/model``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from method_runs import Budget, Cell, Workshop
+
+from litapp.errors import LitappError
+from litapp.training.losses import Distillation
+
+Rows = list[dict]
+
+
+def measure(shop: Workshop, table: str, cells: list[Cell], seeds: int) -> Rows:
+    """Mean and spread of the held-out error of each cell over its seeds."""
+    rows = []
+    for cell in cells:
+        runs = [shop.run(table, cell, seed) for seed in range(seeds)]
+        losses = [run["loss"] for run in runs]
+        spread = statistics.stdev(losses) if seeds > 1 else 0.0
+        rows.append({"cell": cell.name, "error": statistics.mean(losses), "spread": spread})
+        print(f"{table}: {cell.name} done", file=sys.stderr)
+    return rows
+
+
+def with_latency(shop: Workshop, rows: Rows, cells: list[Cell]) -> Rows:
+    """Add milliseconds of one forward pass at the trained size and at 4 times its side."""
+    side = shop.teacher.config.sample_size
+    for row, cell in zip(rows, cells):
+        for factor in (1, 4):
+            seconds = shop.latency(cell.options, side * factor)
+            row[f"ms, {side * factor}x{side * factor}"] = 1000 * seconds
+    return rows
+
+
+def heads(shop: Workshop, arguments: argparse.Namespace) -> Rows:
+    """Table 1: heads of the linear attention, from scratch; the last has one channel a head."""
+    width = shop.teacher.inner_dim
+    counts = [h for h in (1, 2, 4, 8) if width % h == 0] + [width]
+    cells = [Cell(f"{h} heads", {"linear_heads": h}, inherits=False) for h in counts]
+    return with_latency(shop, measure(shop, "heads", cells, arguments.seeds), cells)
+
+
+def attention(shop: Workshop, arguments: argparse.Namespace) -> Rows:
+    """Table 2: kinds of self-attention, from scratch."""
+    kinds = ("softmax", "linear", "lit", "focused", "gelu")
+    cells = [Cell(kind, {"attention": kind}, inherits=False) for kind in kinds]
+    return with_latency(shop, measure(shop, "attention", cells, arguments.seeds), cells)
+
+
+def inheritance(shop: Workshop, arguments: argparse.Namespace) -> Rows:
+    """Table 3: what is inherited, and from a teacher of what age; no distillation."""
+    taken = {
+        "all but attention": (),
+        "with Q": ("to_q",),
+        "with K": ("to_k",),
+        "with V": ("to_v",),
+        "with O": ("to_out",),
+        "with Q, K, V": ("to_q", "to_k", "to_v"),
+        "with Q, K, V, O": ("to_q", "to_k", "to_v", "to_out"),
+    }
+    cells = [Cell("none", inherits=False)]
+    cells += [Cell(name, projections=parts) for name, parts in taken.items()]
+    cells += [Cell(f"teacher {path.name}", teacher=path) for path in arguments.older]
+    return measure(shop, "inheritance", cells, arguments.seeds)
+
+
+def distillation(shop: Workshop, arguments: argparse.Namespace) -> Rows:
+    """Table 4: the terms of the distillation, all with inheritance; and a smaller teacher."""
+    both = Distillation(variance_of=arguments.variance_of)
+    noise = Distillation(variance=0.0, variance_of=arguments.variance_of)
+    variance = Distillation(noise=0.0, variance_of=arguments.variance_of)
+    cells = [
+        Cell("none"),
+        Cell("noise", distils=noise),
+        Cell("variance", distils=variance),
+        Cell("both", distils=both),
+    ]
+    if arguments.small:
+        cells.append(Cell("both, small", distils=both, inherits=False, teacher=arguments.small))
+    return measure(shop, "distillation", cells, arguments.seeds)
+
+
+def steps(shop: Workshop, arguments: argparse.Namespace) -> Rows:
+    """Table 5: steps to the error of the teacher and of LiT from scratch, and their ratio."""
+    cells = [
+        Cell("from scratch", inherits=False),
+        Cell("inherited"),
+        Cell("inherited, distilled", distils=Distillation(variance_of=arguments.variance_of)),
+    ]
+    goal = shop.error(shop.teacher)
+    rows = []
+    for seed in range(arguments.seeds):
+        runs = [shop.run("steps", cell, seed) for cell in cells]
+        for run in runs:
+            reached = first_below(run["curve"], runs[0]["loss"])
+            rows.append(
+                {
+                    "cell": run["cell"],
+                    "seed": seed,
+                    "error": run["loss"],
+                    "steps to teacher": first_below(run["curve"], goal),
+                    "steps to scratch": reached,
+                    "share of scratch": reached and reached / shop.budget.steps,
+                }
+            )
+    return rows
+
+
+def first_below(curve: list, goal: float) -> int | None:
+    """The first evaluated step whose error is at most ``goal``; None where none is."""
+    return next((step for step, loss in curve if loss <= goal), None)
+
+
+TABLES: dict[str, Callable[[Workshop, argparse.Namespace], Rows]] = {
+    table.__name__: table for table in (heads, attention, inheritance, distillation, steps)
+}
+
+
+def show(rows: Rows) -> str:
+    """A Markdown table."""
+
+    def text(value: object) -> str:
+        return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
+
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names)] + [[text(row[name]) for name in names] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--latents", type=Path, nargs="+", required=True, help="cache folders")
+    parser.add_argument(
+        "--teacher", type=Path, required=True, help="softmax model of the same size"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="results, one file per run")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--evaluations", type=int, default=20, help="points on each curve")
+    parser.add_argument("--precision", choices=("auto", "no", "bf16"), default="auto")
+    parser.add_argument("--older", type=Path, nargs="*", default=[], help="earlier teachers")
+    parser.add_argument("--small", type=Path, help="a smaller teacher, to distil")
+    parser.add_argument("--variance-of", choices=("nu", "sigma"), default="nu")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one table and print it."""
+    options = parse(arguments)
+    budget = Budget(
+        options.steps,
+        options.batch_size,
+        options.learning_rate,
+        options.optimizer,
+        options.evaluations,
+        options.precision,
+    )
+    try:
+        shop = Workshop(options.latents, options.teacher, options.output, budget)
+        rows = TABLES[options.table](shop, options)
+    except LitappError as error:
+        sys.exit(f"method: {error}")
+    teacher = shop.error(shop.teacher)
+    if options.json:
+        print(json.dumps({"table": options.table, "teacher_error": teacher, "rows": rows}))
+    else:
+        print(f"{show(rows)}\n\nError of the teacher: {teacher:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Pictures to latents and back, with our autoencoder or diffusers' ``AutoencoderKL``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from torch import Tensor
+
+from litapp.errors import LitappError
+from litapp.models.autoencoder import SceneAutoencoder
+
+
+class SceneCodec:
+    """Our RGBA autoencoder; latents have zero mean and unit variance."""
+
+    def __init__(self, network: SceneAutoencoder) -> None:
+        self.network = network
+        self.reduction = network.reduction
+
+    def side(self, size: int) -> int:
+        """Pixels per side that :meth:`encode` wants for a picture of ``size`` pixels."""
+        return size // self.network.encoder_scale
+
+    def encode(self, pictures: np.ndarray, _: torch.Generator) -> Tensor:
+        """(B, s, s, 4) uint8 premultiplied RGBA to (B, C, h, w) latents."""
+        batch = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+        return self.network.normalise(self.network.encode(batch))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) latents to (B, 4, H, W) premultiplied RGBA in about [0, 1]."""
+        return self.network.decode(self.network.denormalise(latents))
+
+
+class KLCodec:
+    """The autoencoder of DiT and PixArt, on opaque RGB; latents are scaled by its config."""
+
+    def __init__(self, network: AutoencoderKL) -> None:
+        self.network = network
+        self.reduction = 2 ** (len(network.config.block_out_channels) - 1)
+        self.shift = network.config.shift_factor or 0.0
+
+    def side(self, size: int) -> int:
+        """Pixels per side that :meth:`encode` wants for a picture of ``size`` pixels."""
+        return size
+
+    def encode(self, pictures: np.ndarray, generator: torch.Generator) -> Tensor:
+        """(B, s, s, 4) uint8 premultiplied RGBA, put on white, to one draw of its latents."""
+        batch = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+        opaque = batch[:, :3] + 1 - batch[:, 3:]
+        drawn = self.network.encode(opaque * 2 - 1).latent_dist.sample(generator)
+        return (drawn - self.shift) * self.network.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) latents to (B, 4, H, W) opaque RGBA in about [0, 1]."""
+        pixels = self.network.decode(latents / self.network.config.scaling_factor + self.shift)
+        return torch.cat([pixels.sample / 2 + 0.5, torch.ones_like(pixels.sample[:, :1])], dim=1)
+
+
+CODECS = {
+    "SceneAutoencoder": (SceneAutoencoder, SceneCodec),
+    "AutoencoderKL": (AutoencoderKL, KLCodec),
+}
+
+
+def load_codec(folder: Path) -> SceneCodec | KLCodec:
+    """The autoencoder in ``folder``, in eval mode; its ``config.json`` says which kind it is.
+
+    Raises:
+        LitappError: there is none, it is of another kind, or it cannot be loaded.
+    """
+    try:
+        kind = json.loads((folder / "config.json").read_text())["_class_name"]
+        network, codec = CODECS[kind]
+        return codec(network.from_pretrained(folder, use_safetensors=True).eval())
+    except FileNotFoundError as error:
+        raise LitappError(f"there is no autoencoder in {folder}: it needs config.json") from error
+    except KeyError as error:
+        raise LitappError(f"{folder} holds neither of {', '.join(CODECS)}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError, TypeError) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise LitappError(f"cannot load the autoencoder from {folder}: {reason}") from error

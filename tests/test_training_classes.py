@@ -1,0 +1,351 @@
+"""Class-conditional distillation, on one process, on two, and killed half-way."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+
+import litapp
+from litapp.errors import LitappError
+from litapp.models.autoencoder import SceneAutoencoder
+from litapp.models.dit import LiTDiTTransformer2DModel
+from litapp.training import families
+from litapp.training.class_latents import ClassLatents, build_class_cache
+from litapp.training.codec import load_codec
+from litapp.training.data.classes import list_pictures
+
+CLASSES = ("apple", "bee", "cat")
+NETWORK = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 4,
+    "patch_size": 2,
+}
+RECIPE = """
+[autoencoder]
+path = '{autoencoder}'
+[model]
+family = "dit"
+linear_heads = 2
+{network}
+[loop]
+steps = {steps}
+batch_size = 8
+learning_rate = 3e-3
+precision = "no"
+warmup_steps = 1
+log_every = 1
+checkpoint_minutes = 0
+sample_every = 3
+{loop}
+[samples]
+classes = ["bee", "apple"]
+steps = 2
+thumbnail = 32
+"""
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Path:
+    """An autoencoder, a softmax teacher and nine pictures of three classes."""
+    torch.manual_seed(0)
+    SceneAutoencoder(
+        latent_channels=4,
+        encoder_widths=(8, 16, 32),
+        decoder_widths=(32, 16, 16, 8),
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).save_pretrained(tmp_path / "autoencoder")
+    teacher = LiTDiTTransformer2DModel(
+        **NETWORK, attention="softmax", num_embeds_ada_norm=len(CLASSES), norm_eps=1e-5
+    )
+    teacher.save_pretrained(tmp_path / "teacher")
+    for label, name in enumerate(CLASSES):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(3):
+            picture = Image.effect_noise((80, 64), 60 + 40 * index).convert("RGB")
+            picture.putpixel((label, 0), (255, 0, 0))
+            picture.save(tmp_path / "pictures" / name / f"{index}.png")
+    write_recipe(tmp_path)
+    return tmp_path
+
+
+def write_recipe(workshop: Path, steps: int = 4, loop: str = "", extra: str = "") -> Path:
+    network = "\n".join(f"{name} = {value}" for name, value in NETWORK.items())
+    text = RECIPE.format(
+        autoencoder=workshop / "autoencoder", network=network, steps=steps, loop=loop
+    )
+    (workshop / "recipe.toml").write_text(text + extra)
+    return workshop / "recipe.toml"
+
+
+def run(
+    workshop: Path, output: str, teacher: str | None = "teacher", data: str = "pictures"
+) -> Path:
+    families.main(
+        workshop / "recipe.toml",
+        workshop / output,
+        resume=True,
+        teacher=workshop / teacher if teacher else None,
+        data=workshop / data,
+    )
+    return workshop / output
+
+
+def rows(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def command(workshop: Path, output: str) -> list[str]:
+    arguments = ["--recipe", "recipe.toml", "--teacher", "teacher", "--data", "pictures"]
+    arguments = [str(workshop / a) if not a.startswith("-") else a for a in arguments]
+    arguments += ["--output", str(workshop / output)]
+    return [sys.executable, "-m", "litapp", "train-kd", *arguments]
+
+
+def environment(**more: object) -> dict[str, str]:
+    path = os.pathsep.join(
+        [str(Path(litapp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
+    more = {name: str(value) for name, value in more.items()}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+def test_student_inherits_distils_samples_and_saves(workshop: Path) -> None:
+    output = run(workshop, "out")
+    assert [row["step"] for row in rows(output)] == [1, 2, 3, 4]
+    # A fresh student agrees with nothing but the zero-initialised output, a random teacher not.
+    assert all(row["kd_noise"] > 0 and row["kd_variance"] > 0 for row in rows(output))
+    with Image.open(output / "samples" / "step-000003.png") as sheet:
+        assert sheet.size[0] >= 64
+    saved = LiTDiTTransformer2DModel.from_pretrained(output / "model" / "transformer")
+    assert saved.config.attention == "lit"
+    assert saved.config.num_embeds_ada_norm == 3
+    assert saved.config.norm_eps == 1e-5
+    scheduler = json.loads((output / "model" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "epsilon"
+    assert json.loads((output / "model" / "classes.json").read_text())["2"] == "cat"
+
+
+def test_a_teacher_that_cannot_be_used_leaves_nothing_behind(workshop: Path) -> None:
+    config = json.loads((workshop / "teacher" / "config.json").read_text())
+    (workshop / "teacher" / "config.json").write_text(json.dumps({**config, "num_layers": 3}))
+    with pytest.raises(LitappError, match=r"cannot load the teacher .*transformer_blocks\.2"):
+        run(workshop, "out")
+    (workshop / "teacher" / "config.json").write_text(json.dumps(config))
+    (workshop / "code.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(LitappError, match="more than tensors"):
+        run(workshop, "out", teacher="code.pt")
+    with pytest.raises(LitappError, match="there is no teacher in"):
+        run(workshop, "out", teacher="nowhere")
+    LiTDiTTransformer2DModel(**NETWORK, attention="softmax", num_embeds_ada_norm=5).save_pretrained(
+        workshop / "five"
+    )
+    with pytest.raises(LitappError, match=r"embedding_table\.weight is \(6, 16\) in the teacher"):
+        run(workshop, "out", teacher="five")
+    with pytest.raises(LitappError, match="has no class folders"):
+        run(workshop, "out", data="pictures/bee")
+    write_recipe(workshop, extra="\n[distillation]\nvariance_of = 'all'\n")
+    with pytest.raises(LitappError, match="use sigma or nu"):
+        run(workshop, "out")
+    write_recipe(workshop, loop="gradient_accumulation = 3")
+    with pytest.raises(LitappError, match="batch_size 8 is not a multiple"):
+        run(workshop, "out", data="pictures")
+    assert not (workshop / "out" / "checkpoint").exists()
+    assert not (workshop / "out" / "model").exists()
+
+
+def test_training_goes_on_from_a_student_and_from_cached_latents(workshop: Path) -> None:
+    first = run(workshop, "first")
+    (workshop / "recipe.toml").write_text(
+        write_recipe(workshop, steps=1).read_text() + "\n[teacher]\n"
+    )
+    families.main(
+        workshop / "recipe.toml",
+        workshop / "second",
+        resume=True,
+        student=first / "model",
+        data=first / "latents",
+    )
+    assert rows(workshop / "second")[0].keys() >= {"simple", "vlb"}
+    assert "kd_noise" not in rows(workshop / "second")[0]
+
+
+def test_micro_batches_and_checkpointing_give_the_same_loss_curve(workshop: Path) -> None:
+    whole = rows(run(workshop, "whole"))
+    write_recipe(workshop, loop="gradient_accumulation = 4\ngradient_checkpointing = true")
+    parts = rows(run(workshop, "parts"))
+    for one, other in zip(whole, parts, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_two_gloo_processes_follow_the_curve_of_one(workshop: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # What torchrun sets, and `accelerate launch` through it.
+    shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    with ExitStack() as stack:
+        for rank in range(2):
+            process = subprocess.Popen(
+                command(workshop, "two"),
+                env=environment(RANK=rank, LOCAL_RANK=rank, ACCELERATE_USE_CPU=1, **shared),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        one = rows(run(workshop, "one"))
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    two = rows(workshop / "two")
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "simple", "vlb", "kd_noise", "kd_variance"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=2e-6), name
+    first, second = (
+        load_file(workshop / name / "checkpoint" / "model.safetensors") for name in ("one", "two")
+    )
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(workshop: Path) -> None:
+    write_recipe(workshop, steps=60)
+    whole = run(workshop, "whole")
+    killed = workshop / "killed"
+    process = subprocess.Popen(
+        command(workshop, "killed"), env=environment(), stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 300
+    while time.monotonic() < until and process.poll() is None:
+        log = killed / "metrics.jsonl"
+        if log.is_file() and len(log.read_text().splitlines()) >= 5:
+            break
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model").exists()
+    assert len(rows_so_far := (killed / "metrics.jsonl").read_text().splitlines()) < 60
+    assert rows_so_far
+    run(workshop, "killed")
+    assert [row["step"] for row in rows(killed)] == list(range(1, 61))
+    for part in ("checkpoint/model", "checkpoint/ema", "model/transformer/diffusion_pytorch_model"):
+        first, second = (load_file(folder / f"{part}.safetensors") for folder in (whole, killed))
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), (part, name)
+
+
+def test_latents_are_cached_once_and_made_anew_for_other_pictures(workshop: Path) -> None:
+    codec, folder = load_codec(workshop / "autoencoder"), workshop / "cache"
+    data = list_pictures(workshop / "pictures")
+    build_class_cache(data, folder, codec, 256, flip=True)
+    shard = folder / "shard-00000.safetensors"
+    before = shard.stat().st_mtime_ns
+    build_class_cache(data, folder, codec, 256, flip=True)
+    assert shard.stat().st_mtime_ns == before
+    (workshop / "pictures" / "dog").mkdir()
+    Image.new("RGB", (64, 64), "red").save(workshop / "pictures" / "dog" / "0.png")
+    build_class_cache(list_pictures(workshop / "pictures"), folder, codec, 256, flip=True)
+    cached = ClassLatents(folder)
+    assert cached.classes == ["apple", "bee", "cat", "dog"]
+    assert cached.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
+    mirrored = cached.latents[9].flip(-1)
+    torch.testing.assert_close(cached.mirrored[9], mirrored, rtol=0, atol=2.0)
+
+
+def test_labels_are_dropped_at_the_given_rate_and_batches_depend_on_the_step(
+    workshop: Path,
+) -> None:
+    codec = load_codec(workshop / "autoencoder")
+    build_class_cache(list_pictures(workshop / "pictures"), workshop / "c", codec, 256, flip=False)
+    cached = ClassLatents(workshop / "c")
+    source = cached.batches(0, 4000, 0.1, seed=0)
+    first, second = next(source), next(source)
+    share = (first["class_labels"] == 3).float().mean()
+    assert 0.08 < float(share) < 0.12
+    again = next(cached.batches(1, 4000, 0.1, seed=0))
+    assert all(torch.equal(second[name], again[name]) for name in second)
+    kept = first["class_labels"] < 3
+    for label, latents in zip(first["class_labels"][kept][:20], first["latents"][kept][:20]):
+        matches = (cached.latents.float() == latents).flatten(1).all(1)
+        assert cached.labels[matches].tolist() == [int(label)]
+
+
+def test_diffusers_autoencoder_encodes_opaque_pictures(workshop: Path) -> None:
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(workshop / "kl")  # fmt: skip
+    codec = load_codec(workshop / "kl")
+    build_class_cache(list_pictures(workshop / "pictures"), workshop / "c", codec, 16, flip=False)
+    cached = ClassLatents(workshop / "c")
+    assert cached.latents.shape == (9, 4, 8, 8)
+    with torch.no_grad():
+        pixels = codec.decode(cached.latents[:1].float())
+    assert pixels.shape == (1, 4, 16, 16)
+    assert (pixels[:, 3] == 1).all()
+
+
+def test_an_unknown_family_or_autoencoder_is_one_clear_line(workshop: Path) -> None:
+    with pytest.raises(LitappError, match="holds neither of"):
+        load_codec(workshop / "teacher")
+    with pytest.raises(LitappError, match="there is no autoencoder"):
+        load_codec(workshop)
+    text = (workshop / "recipe.toml").read_text().replace('"dit"', '"unet"')
+    (workshop / "recipe.toml").write_text(text)
+    with pytest.raises(LitappError, match="use pixart or dit"):
+        run(workshop, "out")
+
+
+def test_webdataset_shards_give_the_latents_of_the_folder(workshop: Path) -> None:
+    shards = workshop / "shards"
+    shards.mkdir()
+    pictures = list_pictures(workshop / "pictures").pictures
+    for number in range(2):
+        with tarfile.open(shards / f"{number:03d}.tar", "w") as archive:
+            for index, picture in list(enumerate(pictures))[number * 5 : number * 5 + 5]:
+                add(archive, f"{index:04d}.cls", str(picture.label).encode())
+                add(archive, f"{index:04d}.png", picture.read())
+            add(archive, "9999.png", b"a picture without a label is left out")
+    codec = load_codec(workshop / "autoencoder")
+    caches = []
+    for source in ("shards", "pictures"):
+        data = list_pictures(workshop / source)
+        caches.append(
+            ClassLatents(build_class_cache(data, workshop / source[0], codec, 256, False))
+        )
+    assert torch.equal(caches[0].latents, caches[1].latents)
+    assert caches[0].labels.tolist() == caches[1].labels.tolist()
+    assert caches[0].classes == ["0", "1", "2"]
+    whole = (shards / "001.tar").read_bytes()
+    (shards / "001.tar").write_bytes(whole[:700])
+    with pytest.raises(LitappError, match="cannot read the shard"):
+        list_pictures(shards)
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
