@@ -28,6 +28,7 @@ __all__ = [
     "save_png",
     "snap_alpha",
     "to_image",
+    "write_whole",
 ]
 
 ALPHA_SLACK = 0.06
@@ -105,7 +106,7 @@ def save_png(image: Image.Image, path: Path, parameters: Mapping[str, Any] | Non
     image.save(buffer, format="PNG", pnginfo=info)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, buffer.getbuffer())
+        write_whole(path, buffer.getbuffer())
     except OSError as error:
         raise LitappError(f"cannot write {path}: {error.strerror}") from error
 
@@ -210,7 +211,8 @@ def _a1111_text(parameters: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _write_whole(path: Path, content: bytes | memoryview) -> None:
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that is there with all its content or not at all; raises OSError."""
     draft = path.parent / f".{secrets.token_hex(8)}.part"
     try:
         with draft.open("xb") as file:
