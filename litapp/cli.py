@@ -230,6 +230,25 @@ def _progress() -> Iterator[Callable[[Step], None]]:
 
 
 @app.command()
+def ui(
+    model: Annotated[str, typer.Option(help="Name or folder of a model.")] = "lit-scenes-1k",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, directml or coreml.")] = "auto",
+    port: Annotated[
+        int | None, typer.Option(help="Port on 127.0.0.1; 0 takes any. [7860 or the next free one]")
+    ] = None,
+    browser: Annotated[bool, typer.Option(help="Open the browser.")] = True,
+) -> None:
+    """Open the app in the browser; prints its address."""
+    from importlib.util import find_spec
+
+    if find_spec("gradio") is None:
+        raise LitappError('the app is not installed; run: pip install "litapp[ui]"')
+    from litapp.ui import run
+
+    run(model, device, port, browser, typer.echo)
+
+
+@app.command()
 def info(image: Annotated[Path, typer.Argument(help="A picture by litapp.")]) -> None:
     """Print the parameters stored in a picture."""
     from litapp.images import read_parameters

@@ -11,7 +11,7 @@ import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,22 +111,23 @@ def save_png(image: Image.Image, path: Path, parameters: Mapping[str, Any] | Non
         raise LitappError(f"cannot write {path}: {error.strerror}") from error
 
 
-def read_parameters(path: Path) -> dict[str, Any]:
+def read_parameters(path: Path | BinaryIO) -> dict[str, Any]:
     """The parameters a picture was drawn with. Raises LitappError where it holds none."""
+    name = path if isinstance(path, Path) else "the file"
     try:
         with Image.open(path) as image:
             text = image.info.get("litapp")
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise LitappError(f"{path} is not a picture litapp can read") from error
+        raise LitappError(f"{name} is not a picture litapp can read") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise LitappError(f"cannot read {path}: {reason}") from error
+        raise LitappError(f"cannot read {name}: {reason}") from error
     try:
         parameters = json.loads(text) if text else None
     except (TypeError, ValueError, RecursionError):
         parameters = None
     if not isinstance(parameters, dict):
-        raise LitappError(f"{path} holds no parameters of litapp")
+        raise LitappError(f"{name} holds no parameters of litapp")
     return parameters
 
 

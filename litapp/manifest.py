@@ -61,6 +61,7 @@ class Manifest:
         sampler, steps, guidance, clip_x0: defaults for drawing.
         max_length: text tokens the encoder reads.
         preview: C + 1 rows of 4, see :func:`litapp.preview.project`; None where the model has none.
+        styles: for the app to offer, name to the words that a prompt then ends with.
         files: by path relative to the bundle, with forward slashes.
     """
 
@@ -79,6 +80,7 @@ class Manifest:
     max_length: int
     files: Mapping[str, FileEntry]
     preview: tuple[tuple[float, ...], ...] | None = None
+    styles: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_manifest(raw: Mapping[str, Any], root: Path) -> Manifest:
@@ -134,6 +136,7 @@ def _typed(raw: Mapping[str, Any]) -> Manifest:
         max_length=int(raw["text"]["max_length"]),
         files={k: FileEntry(str(v["sha256"]), int(v["size"])) for k, v in raw["files"].items()},
         preview=None if preview is None else tuple(tuple(map(float, row)) for row in preview),
+        styles={str(k): str(v) for k, v in (raw.get("styles") or {}).items()},
     )
 
 

@@ -200,4 +200,4 @@ def test_fuzzing_the_description_finds_no_server_error(client: TestClient, worke
         tried.add(operation.label)
         for job in worker.jobs():
             worker.cancel(job.id)
-    assert len(tried) == 11
+    assert len(tried) == 12

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Path, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from litapp import __version__
 from litapp.errors import LitappError
 from litapp.history import Entry
-from litapp.server.guard import LoopbackOnly
+from litapp.images import read_parameters
+from litapp.server.guard import READ_PATH, LoopbackOnly
 from litapp.server.reference import reference_page
 from litapp.server.schemas import Generate, Jobs, JobState, Model, Picture, Pictures, Problem
 from litapp.worker import QueueFull, Worker
@@ -27,6 +30,10 @@ HEARTBEAT_SECONDS = 10.0
 Key = Annotated[str, Path(pattern="^[0-9a-f]{16}$", description="16 hexadecimal digits.")]
 REFUSED: dict[int | str, dict[str, Any]] = {422: {"model": Problem}}
 MISSING: dict[int | str, dict[str, Any]] = {404: {"model": Problem}, **REFUSED}
+PNG_BODY = {
+    "required": True,
+    "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+}
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 }
@@ -159,6 +166,16 @@ def _add_picture_routes(app: FastAPI, worker: Worker) -> None:
         """The history, the newest first."""
         found = history.search(search, limit, offset)
         return Pictures(pictures=[Picture.of(e) for e in found], total=history.count(search))
+
+    @app.post(
+        READ_PATH,
+        tags=["pictures"],
+        responses=REFUSED,
+        openapi_extra={"requestBody": PNG_BODY},
+    )
+    async def parameters(request: Request) -> dict[str, Any]:
+        """What a PNG by litapp was drawn with."""
+        return await run_in_threadpool(read_parameters, io.BytesIO(await request.body()))
 
     @app.get("/api/v1/pictures/{key}", tags=["pictures"], responses=MISSING)
     def picture(key: Key) -> Picture:

@@ -42,7 +42,10 @@ def _fields(schema: Mapping[str, Any], operation: Mapping[str, Any]) -> Iterator
         kind = f"in the {parameter['in']}, {_kind(parameter['schema'])}"
         yield parameter["name"], kind, parameter.get("description", "")
     content = operation.get("requestBody", {}).get("content", {})
-    for body in content.values():
+    for kind, body in content.items():
+        if "$ref" not in body["schema"]:
+            yield "body", kind, ""
+            continue
         name = body["schema"]["$ref"].rpartition("/")[2]
         model = schema["components"]["schemas"][name]
         for field, value in model["properties"].items():
