@@ -48,7 +48,7 @@ def theme() -> gr.themes.Base:
         neutral_hue=stone,
         radius_size=gr.themes.sizes.radius_lg,
         font=[
-            gr.themes.LocalFont("IBM Plex Sans", weights=(400, 600)),
+            gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)),
             gr.themes.Font("system-ui"),
             gr.themes.Font("sans-serif"),
         ],
@@ -91,7 +91,6 @@ def build_blocks(worker: Worker) -> gr.Blocks:
                 stage = gr.HTML(**_live("stage"))
                 with gr.Column(elem_id="controls"):
                     controls, events = _controls(manifest.steps, manifest.guidance, styles)
-                    gr.HTML(**_live("queue"))
             with gr.Tab("History", id="history"):
                 gallery = gr.HTML(**_live("history"))
         _connect(worker, styles, controls, events, tabs, (stage, gallery))
@@ -129,6 +128,7 @@ def _controls(
         autofocus=True,
     )
     generate = gr.Button("Generate", variant="primary", elem_id="generate")
+    gr.HTML(**_live("queue"))
     style = gr.Radio(
         [ANY_STYLE, *styles],
         value=ANY_STYLE,

@@ -114,13 +114,17 @@ window.litapp ??= (() => {
       image.hidden = false;
       empty.hidden = true;
       if (fresh) { image.classList.remove("fresh"); void image.offsetWidth; image.classList.add("fresh"); }
-      words.textContent = picture.parameters.prompt;
-      facts.textContent = describe(picture.parameters);
+      tell(picture.parameters);
       save.href = picture.url;
       save.download = picture.file;
       caption.hidden = false;
       root.dataset.picture = id;
       for (const thumb of strip.children) thumb.classList.toggle("current", thumb.dataset.id === id);
+    }
+
+    function tell(parameters) {
+      words.textContent = parameters.prompt;
+      facts.textContent = describe(parameters);
     }
 
     function fill(job) {
@@ -148,7 +152,11 @@ window.litapp ??= (() => {
         preview.style.aspectRatio = `${running.width} / ${running.height}`;
         if (running.preview) { preview.src = running.preview; preview.hidden = false; empty.hidden = true; }
         fill(running);
+        words.textContent = running.prompt;
+        facts.textContent = describe(running);
+        caption.hidden = false;
       } else {
+        if (shown) tell(shown.parameters); else caption.hidden = true;
         preview.hidden = true;
         const last = jobs.find((job) => job.id === followed);
         if (last) fill(last);
