@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ pytest.importorskip("gradio", reason="the ui extra is not installed")
 from fastapi.testclient import TestClient
 
 from litapp import LitappError, TextToImage
+from litapp.bundle import write_manifest
 from litapp.cli import app as cli
 from litapp.history import History
 from litapp.server.serve import bind
@@ -35,14 +37,19 @@ STYLES = {"Flat": "flat vector", "Glossy": "glossy 3D"}
 BASE = "http://127.0.0.1:7860"
 
 
-@pytest.fixture
-def worker(rewrite: Callable[..., Path]) -> Iterator[Worker]:
-    worker = Worker(TextToImage.load(rewrite(styles=STYLES), resident=True), History())
+@pytest.fixture(scope="module")
+def worker(built_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    root = tmp_path_factory.mktemp("ui")
+    model = Path(shutil.copytree(built_bundle, root / "tiny"))
+    fields = json.loads((model / "litapp.json").read_text())
+    kept = {k: v for k, v in fields.items() if k not in ("files", "schema_version")}
+    write_manifest(model, {**kept, "styles": STYLES})
+    worker = Worker(TextToImage.load(model, resident=True), History(root / "home"))
     yield worker
     worker.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(worker: Worker) -> Iterator[TestClient]:
     with TestClient(create_ui(worker), base_url=BASE) as client:
         yield client

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,8 @@ def serve(app: FastAPI, listener: socket.socket, on_start: Callable[[str], None]
     try:
         listener.listen(128)
         on_start(url)
+        # uvicorn raises the signal that ended it once more, with the handler from before.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
     finally:
