@@ -329,12 +329,21 @@ def ui(
         int | None, typer.Option(help="Port on 127.0.0.1; 0 takes any. [7860 or the next free one]")
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open the browser.")] = True,
+    launcher: Annotated[
+        bool,
+        typer.Option("--install-launcher", help="Add litapp to this desktop's apps, and end."),
+    ] = False,
 ) -> None:
     """Open the app in the browser; prints its address."""
     from importlib.util import find_spec
 
     if find_spec("gradio") is None:
         raise LitappError('the app is not installed; run: pip install "litapp[ui]"')
+    if launcher:
+        from litapp.ui.launcher import install_launcher
+
+        typer.echo(install_launcher())
+        return
     from litapp.ui import run
 
     run(model, device, port, browser, typer.echo)

@@ -31,6 +31,7 @@ from litapp.ui.composition import (
     pixels,
     settings_from,
 )
+from litapp.ui.launcher import install_launcher
 from litapp.worker import Worker
 
 STYLES = {"Flat": "flat vector", "Glossy": "glossy 3D"}
@@ -138,6 +139,22 @@ def test_a_taken_port_is_told_and_the_next_one_taken() -> None:
             assert second.getsockname()[1] > port
     with pytest.raises(LitappError, match="cannot listen"):
         bind(99999)
+
+
+def test_the_launcher_starts_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("APPDATA", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", "/opt/my 100% $python/bin/python")
+    entry = install_launcher("linux").read_text()
+    assert 'Exec="/opt/my 100%% \\\\$python/bin/python" -m litapp ui\n' in entry
+    assert Path(re.search("^Icon=(.+)$", entry, re.MULTILINE)[1]).is_file()
+    program = install_launcher("darwin") / "Contents/MacOS/litapp"
+    assert program.read_text().endswith("exec '/opt/my 100% $python/bin/python' -m litapp ui\n")
+    assert program.stat().st_mode & 0o111
+    assert (
+        '"/opt/my 100%% $python/bin/python" -m litapp ui' in install_launcher("win32").read_text()
+    )
 
 
 @pytest.fixture
