@@ -244,6 +244,16 @@ def test_the_history_outlives_the_server(page: Any, server: Server) -> None:
     shot(page, "detail")
     page.get_by_role("button", name="Use these settings").last.click()
     page.wait_for_function("document.querySelector('#prompt textarea').value === 'a tiger'")
+    # The settings that "More" hides have come along too: the very same picture is drawn.
+    page.click("#generate")
+    page.wait_for_function(
+        "key => { const now = document.querySelector('.stage').dataset.picture;"
+        " return now && now !== key; }",
+        arg=key,
+    )
+    again = page.get_attribute(".stage", "data-picture")
+    first, second = (server.call("GET", f"/api/v1/pictures/{k}") for k in (key, again))
+    assert first["parameters"] == second["parameters"]
 
 
 def test_again_with_another_seed_and_delete(page: Any, server: Server) -> None:
