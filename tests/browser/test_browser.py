@@ -153,7 +153,7 @@ def shot(page: Any, name: str) -> None:
     if FOLDER is not None:
         FOLDER.mkdir(parents=True, exist_ok=True)
         page.wait_for_timeout(700)  # for the fade of a fresh picture
-        page.screenshot(path=FOLDER / f"{name}.png")
+        page.screenshot(path=FOLDER / f"{name}.jpg", type="jpeg", quality=85)
 
 
 def draw(page: Any, prompt: str) -> str:
@@ -163,9 +163,10 @@ def draw(page: Any, prompt: str) -> str:
     page.fill("#prompt textarea", prompt)
     page.keyboard.press("Control+Enter")
     page.wait_for_function(
-        "before => { const now = document.querySelector('.stage').dataset.picture;"
-        " return now && now !== before; }",
-        arg=before,
+        "([before, prompt]) => { const stage = document.querySelector('.stage');"
+        " return stage.dataset.picture !== before && !stage.classList.contains('running')"
+        " && stage.querySelector('.words').textContent.startsWith(prompt); }",
+        arg=[before, prompt],
     )
     return page.get_attribute(".stage", "data-picture")
 
