@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import secrets
 import signal
 import sys
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
 
 import typer
 import typer.core
@@ -26,10 +27,13 @@ from litapp.cli_training import app as training_app
 from litapp.errors import EXIT_CANCELLED, EXIT_FAILED, EXIT_USAGE, Cancelled, LitappError
 
 if TYPE_CHECKING:
+    from litapp.client import RemoteModel, RemoteStep
+    from litapp.pipeline import Picture, TextToImage
     from litapp.samplers import Step
 
 __all__ = ["app", "main"]
 
+SHEET_CELL, SHEET_COLUMNS = 384, 8
 OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".svg"}
 
 
@@ -54,7 +58,6 @@ app = typer.Typer(
     cls=_Commands,
     help="Text to image on your own computer, with a linear diffusion transformer.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -89,7 +92,10 @@ def _options(
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to draw.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="What to draw; - reads prompts from stdin, one a line."),
+    ] = None,
     res: Annotated[int | None, typer.Option(help="Width and height in pixels. [1024]")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
@@ -114,6 +120,12 @@ def generate(
     source: Annotated[
         Path | None, typer.Option("--from", help="Draw a litapp picture again.")
     ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Also write all pictures side by side to this .png file.")
+    ] = None,
+    server: Annotated[
+        bool, typer.Option("--server", help="Draw with the model of a running `litapp ui`.")
+    ] = False,
 ) -> None:
     """Draw a picture; prints its path."""
     if res is not None and (width is not None or height is not None):
@@ -134,7 +146,52 @@ def generate(
     if wanted.get("seed") == -1:
         wanted["seed"] = secrets.randbelow(2**32)
         typer.echo(f"seed {wanted['seed']}", err=True)
-    _draw(wanted, batch_count, device, output, metadata, as_json)
+    if sheet is not None and sheet.suffix.lower() != ".png":
+        raise LitappError("--sheet must name a .png file", EXIT_USAGE)
+    named = wanted.pop("prompt", "")
+    prompts = _lines(sys.stdin) if named == "-" else iter([named])
+    many = named == "-" or batch_count > 1
+    draw = _artist(wanted.pop("model", None), device, server, many)
+    _draw(draw, prompts, wanted, Output(output, batch_count, many, metadata, as_json, sheet))
+
+
+class Output(NamedTuple):
+    """Where pictures go, and how they are told.
+
+    Attributes:
+        count: pictures of each prompt.
+        many: there may be more than one picture.
+    """
+
+    path: Path
+    count: int
+    many: bool
+    metadata: bool
+    as_json: bool
+    sheet: Path | None
+
+
+def _lines(stream: TextIO) -> Iterator[str]:
+    """Prompts as they arrive, without empty lines."""
+    for line in stream:
+        if prompt := line.strip():
+            yield prompt
+
+
+def _artist(model: object, device: str, server: bool, resident: bool) -> TextToImage | RemoteModel:
+    """What draws: a model loaded here, or that of a running server."""
+    if server:
+        from litapp.client import RemoteModel, running_server
+
+        remote = RemoteModel(running_server())
+        if model is not None and model != remote.name:
+            raise LitappError(f"the server draws with {remote.name}, not {model}", EXIT_USAGE)
+        if device != "auto":
+            raise LitappError("with --server the device is the server's", EXIT_USAGE)
+        return remote
+    from litapp.pipeline import DEFAULT_MODEL, TextToImage
+
+    return TextToImage.load(str(model or DEFAULT_MODEL), device, resident=resident)
 
 
 def _recall(source: Path | None) -> dict[str, Any]:
@@ -149,57 +206,89 @@ def _recall(source: Path | None) -> dict[str, Any]:
 
 
 def _draw(
-    wanted: dict[str, Any],
-    count: int,
-    device: str,
-    output: Path,
-    metadata: bool,
-    as_json: bool,
+    draw: TextToImage | RemoteModel, prompts: Iterator[str], wanted: dict[str, Any], output: Output
 ) -> None:
     from litapp.images import ensure_writable
-    from litapp.pipeline import DEFAULT_MODEL, TextToImage
 
-    prompt = wanted.pop("prompt", "")
     seed = wanted.pop("seed", 0)
-    draw = TextToImage.load(str(wanted.pop("model", DEFAULT_MODEL)), device)
-    draw.request(prompt, seed=seed, **wanted)
-    draw.request(prompt, seed=seed + count - 1, **wanted)
-    ensure_writable(_target(output, prompt, seed, 0, count))
     done: list[dict[str, Any]] = []
+    report: dict[str, Any] = {"images": done}
     try:
         with _interruptible() as should_stop:
-            for i in range(count):
-                with _progress() as on_step:
-                    picture = draw(
-                        prompt, seed=seed + i, on_step=on_step, should_stop=should_stop, **wanted
-                    )
-                if should_stop():
-                    raise Cancelled
-                start = time.perf_counter()
-                path = picture.save(_target(output, prompt, seed, i, count), metadata=metadata)
-                seconds = {**picture.seconds, "save": time.perf_counter() - start}
-                done.append(
-                    {"path": str(path), "parameters": picture.parameters, "seconds": seconds}
-                )
-                phases = (f"{name} {value:.2f} s" for name, value in seconds.items())
-                typer.echo(", ".join(phases), err=True)
-                if not as_json:
-                    typer.echo(path)
+            for prompt in prompts:
+                _check(draw, prompt, seed, output.count, wanted)
+                if not done:
+                    ensure_writable(_target(output, prompt, seed, 1))
+                for i in range(output.count):
+                    with _progress() as on_step:
+                        picture = draw(
+                            prompt,
+                            seed=seed + i,
+                            on_step=on_step,
+                            should_stop=should_stop,
+                            **wanted,
+                        )
+                    if should_stop():
+                        raise Cancelled
+                    done.append(_save(picture, output, len(done) + 1))
+        if output.sheet is not None and done:
+            report["sheet"] = str(_save_sheet(output.sheet, done))
+            if not output.as_json:
+                typer.echo(output.sheet)
     finally:
-        if as_json and done:
-            typer.echo(json.dumps({"images": done}))
+        if output.as_json and done:
+            typer.echo(json.dumps(report))
 
 
-def _target(output: Path, prompt: str, seed: int, index: int, count: int) -> Path:
-    """Where picture ``index`` of ``count`` goes: the file named, or a new one in the folder."""
+def _check(
+    draw: TextToImage | RemoteModel, prompt: str, seed: int, count: int, wanted: dict[str, Any]
+) -> None:
+    """Refuse a bad request before the first of its pictures; a server does that itself."""
+    from litapp.pipeline import TextToImage
+
+    if isinstance(draw, TextToImage):
+        draw.request(prompt, seed=seed, **wanted)
+        draw.request(prompt, seed=seed + count - 1, **wanted)
+
+
+def _save(picture: Picture, output: Output, number: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    prompt, seed = picture.parameters["prompt"], picture.parameters["seed"]
+    path = picture.save(_target(output, prompt, seed, number), metadata=output.metadata)
+    seconds = {**picture.seconds, "save": time.perf_counter() - start}
+    typer.echo(", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()), err=True)
+    if not output.as_json:
+        typer.echo(path)
+    return {"path": str(path), "parameters": picture.parameters, "seconds": seconds}
+
+
+def _save_sheet(path: Path, done: list[dict[str, Any]]) -> Path:
+    from PIL import Image
+
+    from litapp.images import contact_sheet, save_png
+
+    images = []
+    for entry in done:
+        with Image.open(entry["path"]) as image:
+            image.thumbnail((SHEET_CELL, SHEET_CELL))
+            images.append(image.copy())
+    columns = min(SHEET_COLUMNS, math.ceil(math.sqrt(len(images))))
+    save_png(contact_sheet(images, columns, SHEET_CELL), path)
+    return path
+
+
+def _target(output: Output, prompt: str, seed: int, number: int) -> Path:
+    """Where the picture goes: the file named, or a new one in the folder."""
     from litapp.images import fresh_path
 
-    suffix = output.suffix.lower()
-    if output.is_dir() or suffix not in {".png", *OTHER_FORMATS}:
-        return fresh_path(output, prompt, seed + index)
+    suffix = output.path.suffix.lower()
+    if output.path.is_dir() or suffix not in {".png", *OTHER_FORMATS}:
+        return fresh_path(output.path, prompt, seed)
     if suffix != ".png":
         raise LitappError(f"pictures are saved as .png, not {suffix}", EXIT_USAGE)
-    return output if count == 1 else output.with_stem(f"{output.stem}-{index + 1}")
+    if not output.many:
+        return output.path
+    return output.path.with_stem(f"{output.path.stem}-{number}")
 
 
 @contextmanager
@@ -219,14 +308,45 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[Step], None]]:
+def _progress() -> Iterator[Callable[[Step | RemoteStep], None]]:
+    """Steps and time left on stderr, where a person looks at it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    options = {"console": console, "transient": True, "disable": not console.is_terminal}
+    with Progress(*columns, **options) as progress:
         task = progress.add_task("denoise", total=None)
         yield lambda step: progress.update(task, completed=step.index, total=step.total)
+
+
+@app.command()
+def ui(
+    model: Annotated[str, typer.Option(help="Name or folder of a model.")] = "lit-scenes-1k",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, directml or coreml.")] = "auto",
+    port: Annotated[
+        int | None, typer.Option(help="Port on 127.0.0.1; 0 takes any. [7860 or the next free one]")
+    ] = None,
+    browser: Annotated[bool, typer.Option(help="Open the browser.")] = True,
+    launcher: Annotated[
+        bool,
+        typer.Option("--install-launcher", help="Add litapp to this desktop's apps, and end."),
+    ] = False,
+) -> None:
+    """Open the app in the browser; prints its address."""
+    from importlib.util import find_spec
+
+    if find_spec("gradio") is None:
+        raise LitappError('the app is not installed; run: pip install "litapp[ui]"')
+    if launcher:
+        from litapp.ui.launcher import install_launcher
+
+        typer.echo(install_launcher())
+        return
+    from litapp.ui import run
+
+    run(model, device, port, browser, typer.echo)
 
 
 @app.command()

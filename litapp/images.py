@@ -11,7 +11,7 @@ import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ __all__ = [
     "save_png",
     "snap_alpha",
     "to_image",
+    "write_whole",
 ]
 
 ALPHA_SLACK = 0.06
@@ -106,27 +107,28 @@ def save_png(image: Image.Image, path: Path, parameters: Mapping[str, Any] | Non
     image.save(buffer, format="PNG", pnginfo=info, compress_level=2)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, buffer.getbuffer())
+        write_whole(path, buffer.getbuffer())
     except OSError as error:
         raise LitappError(f"cannot write {path}: {error.strerror}") from error
 
 
-def read_parameters(path: Path) -> dict[str, Any]:
+def read_parameters(path: Path | BinaryIO) -> dict[str, Any]:
     """The parameters a picture was drawn with. Raises LitappError where it holds none."""
+    name = path if isinstance(path, Path) else "the file"
     try:
         with Image.open(path) as image:
             text = image.info.get("litapp")
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise LitappError(f"{path} is not a picture litapp can read") from error
+        raise LitappError(f"{name} is not a picture litapp can read") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise LitappError(f"cannot read {path}: {reason}") from error
+        raise LitappError(f"cannot read {name}: {reason}") from error
     try:
         parameters = json.loads(text) if text else None
     except (TypeError, ValueError, RecursionError):
         parameters = None
     if not isinstance(parameters, dict):
-        raise LitappError(f"{path} holds no parameters of litapp")
+        raise LitappError(f"{name} holds no parameters of litapp")
     return parameters
 
 
@@ -211,7 +213,8 @@ def _a1111_text(parameters: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _write_whole(path: Path, content: bytes | memoryview) -> None:
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that is there with all its content or not at all; raises OSError."""
     draft = path.parent / f".{secrets.token_hex(8)}.part"
     try:
         with draft.open("xb") as file:

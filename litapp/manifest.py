@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,8 @@ class Manifest:
         native: pixels of the long side the model was trained at.
         sampler, steps, guidance, clip_x0: defaults for drawing.
         max_length: text tokens the encoder reads.
+        preview: C + 1 rows of 4, see :func:`litapp.preview.project`; None where the model has none.
+        styles: for the app to offer, name to the words that a prompt then ends with.
         files: by path relative to the bundle, with forward slashes.
     """
 
@@ -76,6 +79,8 @@ class Manifest:
     clip_x0: float | None
     max_length: int
     files: Mapping[str, FileEntry]
+    preview: tuple[tuple[float, ...], ...] | None = None
+    styles: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_manifest(raw: Mapping[str, Any], root: Path) -> Manifest:
@@ -114,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _typed(raw: Mapping[str, Any]) -> Manifest:
-    clip_x0 = raw["sampler"].get("clip_x0")
+    clip_x0, preview = raw["sampler"].get("clip_x0"), raw.get("preview")
     return Manifest(
         name=str(raw["name"]),
         description=str(raw["description"]),
@@ -130,6 +135,8 @@ def _typed(raw: Mapping[str, Any]) -> Manifest:
         clip_x0=None if clip_x0 is None else float(clip_x0),
         max_length=int(raw["text"]["max_length"]),
         files={k: FileEntry(str(v["sha256"]), int(v["size"])) for k, v in raw["files"].items()},
+        preview=None if preview is None else tuple(tuple(map(float, row)) for row in preview),
+        styles={str(k): str(v) for k, v in (raw.get("styles") or {}).items()},
     )
 
 
@@ -148,6 +155,11 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"{name} must be positive")
     if manifest.multiple % manifest.reduction:
         raise ValueError(f"multiple {manifest.multiple} is not of {manifest.reduction}")
+    if (rows := manifest.preview) is not None:
+        if len(rows) != manifest.channels + 1 or any(len(row) != 4 for row in rows):
+            raise ValueError(f"preview is not of {manifest.channels + 1} rows of 4 numbers")
+        if not all(math.isfinite(value) for row in rows for value in row):
+            raise ValueError("preview holds NaN or infinite values")
     needed = [TOKENIZER, SCHEDULER, *(manifest.components[name].path for name in COMPONENTS)]
     for relative in needed:
         if relative not in manifest.files:

@@ -19,6 +19,7 @@ from litapp.canvas import CanvasPlan, fit, plan_canvas
 from litapp.engines import OnnxNetwork, providers_for
 from litapp.errors import Cancelled, LitappError
 from litapp.images import save_png, snap_alpha, to_image
+from litapp.preview import preview_image
 from litapp.request import Request
 from litapp.samplers import SAMPLERS, NoiseSchedule, Step
 from litapp.text import tokenize
@@ -56,13 +57,15 @@ class TextToImage:
     Args:
         bundle: a model.
         device: ``auto``, ``cpu``, ``cuda``, ``directml`` or ``coreml``.
+        resident: keep each network after its first use, until :meth:`unload`. A single picture
+            needs less memory without.
 
     Raises:
         LitappError: the device is not there, or the bundle asks for a sampler or a noise schedule
             that this version does not have.
     """
 
-    def __init__(self, bundle: Bundle, device: str = "auto") -> None:
+    def __init__(self, bundle: Bundle, device: str = "auto", *, resident: bool = False) -> None:
         providers_for(device)
         if bundle.manifest.sampler not in SAMPLERS:
             raise LitappError(
@@ -71,12 +74,24 @@ class TextToImage:
             )
         self.bundle = bundle
         self.device = device
+        self._resident: dict[str, OnnxNetwork] | None = {} if resident else None
         self._schedule = NoiseSchedule.from_config(bundle.scheduler_config)
 
     @classmethod
-    def load(cls, name_or_path: str | Path = DEFAULT_MODEL, device: str = "auto") -> TextToImage:
+    def load(
+        cls,
+        name_or_path: str | Path = DEFAULT_MODEL,
+        device: str = "auto",
+        *,
+        resident: bool = False,
+    ) -> TextToImage:
         """Find a bundle, check its files and be ready; networks are read when they are needed."""
-        return cls(load(name_or_path), device)
+        return cls(load(name_or_path), device, resident=resident)
+
+    def unload(self) -> None:
+        """Let go of the networks that are kept; the next picture reads them again."""
+        if self._resident is not None:
+            self._resident.clear()
 
     def request(
         self,
@@ -149,8 +164,23 @@ class TextToImage:
             image = to_image(fit(self._decode(latents, plan), plan))
         return Picture(image, self._parameters(request), seconds)
 
+    def preview(self, step: Step, width: int, height: int) -> Image.Image | None:
+        """A small blurred picture of what a step sees, or None where the bundle has no ``preview``.
+
+        Args:
+            step: a step of a picture of ``width`` x ``height`` pixels.
+        """
+        manifest = self.bundle.manifest
+        if manifest.preview is None:
+            return None
+        plan = plan_canvas(width, height, manifest.native, manifest.multiple)
+        return preview_image(step.x0[0], manifest.preview, plan)
+
     def _network(self, component: str, *outputs: str) -> OnnxNetwork:
-        return OnnxNetwork(self.bundle.component(component), self.device, outputs)
+        kept = {} if self._resident is None else self._resident
+        if component not in kept:
+            kept[component] = OnnxNetwork(self.bundle.component(component), self.device, outputs)
+        return kept[component]
 
     def _encode(self, request: Request) -> dict[str, NDArray[Any]]:
         """The transformer's text inputs, for the prompt and, where guided, the negative prompt."""
