@@ -69,6 +69,7 @@ class Source:
             "canvas": {"native": about["canvas"]["native"]},
             "sampler": {"clip_x0": None, **about["sampler"]},
             "text": {"max_length": MAX_LENGTH},
+            "preview": self.autoencoder.config.preview,
         }
 
 
