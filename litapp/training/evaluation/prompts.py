@@ -1,6 +1,6 @@
 """SceneEval's prompts with what must be seen in the picture, and scenes that do show it.
 
-``python -m litapp.training.evaluation.prompts --art runs/art`` prints the list that is checked in as
+``python -m litapp.training.evaluation.prompts --art runs/art`` prints the list, checked in as
 ``sceneeval.json``. Where training keeps pairs back (two objects, an object and its colour), only
 such pairs are asked for.
 """
