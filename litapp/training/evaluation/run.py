@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,10 @@ from litapp.errors import EXIT_USAGE, LitappError
 from litapp.images import ensure_writable
 from litapp.pipeline import DEFAULT_MODEL, TextToImage
 from litapp.training.data.art import PACKAGES, SpriteStore, load_concepts
-from litapp.training.evaluation.draw import Draw, bundle_drawer, checkpoint_drawer, sample_set
+from litapp.training.evaluation.draw import Draw, Job, bundle_drawer, checkpoint_drawer, sample_set
 from litapp.training.evaluation.features import EfficientNetLite0
 from litapp.training.evaluation.gallery import build_gallery
-from litapp.training.evaluation.suites import SUITES, Suite, World
+from litapp.training.evaluation.suites import SUITES, World
 
 RESOLUTION = 512
 
@@ -98,7 +98,10 @@ def main(options: Options) -> None:
     report: dict[str, Any] = {**subject, "styles": list(options.styles), "suites": {}}
     for name in SUITES if options.suite == "all" else (options.suite,):
         suite = SUITES[name](world, options.pictures)
-        result = suite.measure(_pictures(suite, draw, options.npz))
+        jobs = suite.jobs
+        kept = sample_set(options.npz, len(jobs)) if options.npz else nullcontext()
+        with kept as keep:
+            result = suite.measure(_drawn(draw, jobs, keep))
         report["suites"][name] = result.data
         sys.stdout.write("\n".join((f"{name}, {subject['name']}", *result.lines)) + "\n")
         if options.concepts is not None and result.concepts:
@@ -126,15 +129,15 @@ def _subject(options: Options) -> tuple[Draw, dict[str, Any]]:
     }
 
 
-def _pictures(suite: Suite, draw: Draw, npz: Path | None) -> Iterator[Image.Image]:
-    """The suite's pictures as they get drawn, kept in ``npz`` where given."""
-    jobs = suite.jobs
+def _drawn(
+    draw: Draw, jobs: Sequence[Job], keep: Callable[[Image.Image], None] | None
+) -> Iterator[Image.Image]:
+    """The pictures as they get drawn, each handed to ``keep`` first."""
     console = Console(stderr=True)
-    kept = sample_set(npz, len(jobs)) if npz else nullcontext(lambda image: None)
-    with kept as keep:
-        for image in track(draw(jobs), "draw", total=len(jobs), console=console):
+    for image in track(draw(jobs), "draw", total=len(jobs), console=console):
+        if keep:
             keep(image)
-            yield image
+        yield image
 
 
 def _note(text: str) -> None:
