@@ -10,7 +10,7 @@ from typing import Any
 
 from litapp.errors import LitappError
 
-__all__ = ["CONCEPTS", "ConceptScore", "read_concepts", "write_concepts"]
+__all__ = ["CONCEPTS", "ConceptScore", "describe", "read_concepts", "write_concepts"]
 
 CONCEPTS = "concepts.json"
 
@@ -58,6 +58,17 @@ def write_concepts(concepts: Sequence[ConceptScore], path: Path) -> None:
         partial.replace(path)
     except OSError as error:
         raise LitappError(f"cannot write {path}: {error.strerror}") from error
+
+
+def describe(concepts: Sequence[ConceptScore], as_json: bool = False) -> list[str]:
+    """Lines to print: the surest concepts first, or one JSON array in file order."""
+    if as_json:
+        return [json.dumps([asdict(concept) for concept in concepts], ensure_ascii=False)]
+    lines = [f"{'concept':<30}{'@1':>6}{'@5':>6}  also called"]
+    for concept in sorted(concepts, key=lambda c: (-c.precision_at_1, -c.precision_at_5, c.name)):
+        figures = f"{concept.precision_at_1:>6.2f}{concept.precision_at_5:>6.2f}"
+        lines.append(f"{concept.name:<30}{figures}  {', '.join(concept.synonyms)}".rstrip())
+    return lines
 
 
 def _concept(row: dict[str, Any]) -> ConceptScore:

@@ -56,13 +56,11 @@ def checkpoint_drawer(folder: Path, steps: int | None, guidance: float | None) -
         LitappError: a part is missing or cannot be read.
     """
     import torch
-    from diffusers import DDPMScheduler
 
     from litapp.models.text_encoder import load_text_encoder
     from litapp.training.samples import SampleConfig, Sampler
 
-    model, autoencoder = _networks(folder)
-    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+    model, autoencoder, scheduler = _networks(folder)
     tokenizer, encoder = load_text_encoder()
     options = {"steps": steps, "guidance": guidance}
     chosen = {name: value for name, value in options.items() if value is not None}
@@ -82,14 +80,24 @@ def checkpoint_drawer(folder: Path, steps: int | None, guidance: float | None) -
 
 
 def _networks(folder: Path):
+    """The transformer, autoencoder and noise schedule of a run, in float32 and eval mode."""
+    from diffusers import DDPMScheduler
+
     from litapp.models.autoencoder import SceneAutoencoder
     from litapp.models.lit import LiTTransformer2DModel
-    from litapp.training.diffusion import _load
 
-    if not (folder / "scheduler" / "scheduler_config.json").is_file():
-        raise LitappError(f"there is no scheduler/scheduler_config.json in {folder}")
-    model = _load(LiTTransformer2DModel, folder / "transformer", "transformer").float().eval()
-    return model, _load(SceneAutoencoder, folder / "autoencoder", "autoencoder").float().eval()
+    try:
+        model, autoencoder = (
+            kind.from_pretrained(folder / name, use_safetensors=True).float().eval()
+            for kind, name in (
+                (LiTTransformer2DModel, "transformer"),
+                (SceneAutoencoder, "autoencoder"),
+            )
+        )
+        return model, autoencoder, DDPMScheduler.from_pretrained(folder / "scheduler")
+    except Exception as error:  # the loaders' exceptions share no base class
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise LitappError(f"cannot load the checkpoint {folder}: {reason[:300]}") from error
 
 
 def rgb(image: Image.Image) -> NDArray[np.uint8]:
