@@ -245,6 +245,6 @@ def test_the_package_offers_what_it_lists() -> None:
 def test_help_names_every_command() -> None:
     result = CliRunner().invoke(app, ["--help"])
     for command in (
-        "generate info doctor models train-vae train-teacher train-kd export --version"
+        "generate info doctor models train-vae train-teacher train-kd export evaluate --version"
     ).split():
         assert command in result.stdout

@@ -21,7 +21,7 @@ from litapp.images import ensure_writable
 from litapp.pipeline import DEFAULT_MODEL, TextToImage
 from litapp.training.data.art import PACKAGES, SpriteStore, load_concepts
 from litapp.training.evaluation.draw import Draw, Job, bundle_drawer, checkpoint_drawer, sample_set
-from litapp.training.evaluation.features import EfficientNetLite0
+from litapp.training.evaluation.efficientnet import EfficientNetLite0
 from litapp.training.evaluation.gallery import build_gallery
 from litapp.training.evaluation.suites import SUITES, World
 
