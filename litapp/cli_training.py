@@ -78,7 +78,7 @@ def evaluate(
     guidance: Annotated[float | None, typer.Option(help="Guidance, 1-30. [the model's]")] = None,
     styles: Annotated[
         str, typer.Option(help="Art styles to compare with, separated by commas.")
-    ] = "glossy,flat",
+    ] = "glossy",
     art: Annotated[Path, typer.Option(help="Cache folder of the vector art.")] = Path("runs/art"),
     json: Annotated[Path | None, typer.Option(help="File for all figures.")] = None,
     npz: Annotated[

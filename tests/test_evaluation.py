@@ -52,8 +52,8 @@ class DrawnStore:
 
 
 def shrunk(pictures: Iterable[np.ndarray]) -> np.ndarray:
-    """Features: the picture at 28 x 28 pixels, dark on nothing."""
-    rows = [Image.fromarray(p).resize((28, 28), Image.Resampling.BOX) for p in pictures]
+    """Features: the picture at 12 x 12 pixels, dark on nothing."""
+    rows = [Image.fromarray(p).resize((12, 12), Image.Resampling.BOX) for p in pictures]
     return 255 - np.stack([np.asarray(row, np.float32).ravel() for row in rows])
 
 

@@ -13,6 +13,7 @@ from litapp.training.data.scenes import TINTS
 from litapp.training.evaluation import segment
 from litapp.training.evaluation.colours import colour_name, hue_distance
 from litapp.training.evaluation.frechet import frechet_distance
+from litapp.training.evaluation.gallery import whitening
 from litapp.training.evaluation.prompts import ScenePrompt, Wanted
 from litapp.training.evaluation.retrieval import concept_scores, precision_at
 from litapp.training.evaluation.segment import (
@@ -239,6 +240,15 @@ def test_cut_outs_centre_the_object_on_white() -> None:
     red = cut[..., 1] < 128
     for axis in (0, 1):
         assert abs(np.nonzero(red)[axis].mean() - 111.5) < 3
+
+
+def test_whitening_makes_what_varies_within_concepts_the_unit() -> None:
+    rng = np.random.default_rng(0)
+    owners = np.repeat(np.arange(4), 25)
+    features = rng.standard_normal((100, 3)) * [0.1, 1.0, 5.0] + 20 * owners[:, None]
+    white = features @ whitening(features, owners, ridge=0)
+    residuals = np.concatenate([white[owners == i] - white[owners == i].mean(0) for i in range(4)])
+    np.testing.assert_allclose(residuals.T @ residuals / 100, np.eye(3), atol=1e-6)
 
 
 def test_no_two_colours_share_a_hue() -> None:

@@ -50,7 +50,7 @@ class Options:
     res: int | None = None
     steps: int | None = None
     guidance: float | None = None
-    styles: tuple[str, ...] = ("glossy", "flat")
+    styles: tuple[str, ...] = ("glossy",)
     art: Path = Path("runs/art")
     json: Path | None = None
     npz: Path | None = None

@@ -23,10 +23,13 @@ WORKING_SIDE = 384
 # art's own outlines, above the rounding of a decoder.
 MINIMUM_CONTRAST = 20
 SPECK = 0.0005
+# Pixels along the side that recognition gets to see. Latent noise turns into grain, which upsets
+# the features more than the missing detail does (docs/evaluation.md has the figures).
+DETAIL = 64
 MAXIMUM_PIECES = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Node:
     """A candidate object: a mask, and the two candidates that it is made of, or none."""
 
@@ -144,11 +147,14 @@ def _split(piece: Mask) -> Node:
     return Node(piece)
 
 
-def cut_out(premultiplied: NDArray[np.uint8], mask: Mask, shown: Mask) -> NDArray[np.uint8]:
+def cut_out(
+    premultiplied: NDArray[np.uint8], mask: Mask, shown: Mask, detail: int = DETAIL
+) -> NDArray[np.uint8]:
     """(SIDE, SIDE, 3) uint8: the pixels of ``mask`` on white, squared, with a thin margin.
 
     Args:
         shown: the foreground; what is not in it is white too, such as the hole of a ring.
+        detail: the side that the cut-out is reduced to before it is brought to ``SIDE``.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
@@ -161,4 +167,5 @@ def cut_out(premultiplied: NDArray[np.uint8], mask: Mask, shown: Mask) -> NDArra
         Image.fromarray(rgb.astype(np.uint8)),
         ((side - rgb.shape[1]) // 2, (side - rgb.shape[0]) // 2),
     )
+    canvas = canvas.resize((detail, detail), Image.Resampling.BICUBIC)
     return np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
