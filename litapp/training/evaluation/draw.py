@@ -55,6 +55,8 @@ def checkpoint_drawer(folder: Path, steps: int | None, guidance: float | None) -
     Raises:
         LitappError: a part is missing or cannot be read.
     """
+    if not (folder / "transformer" / "config.json").is_file():
+        raise LitappError(f"{folder} is no checkpoint: it has no transformer/config.json")
     import torch
 
     from litapp.models.text_encoder import load_text_encoder

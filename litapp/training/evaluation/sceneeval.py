@@ -14,6 +14,9 @@ from litapp.training.evaluation.prompts import KINDS, ScenePrompt, Wanted, groun
 from litapp.training.evaluation.segment import WORKING_SIDE, as_premultiplied
 from litapp.training.evaluation.verifier import Detection, Verdict, judge
 
+# One of these is not in a prompt of two objects.
+STRANGERS = ("cactus", "robot", "tent")
+
 Detect = Callable[[np.ndarray], tuple[Detection, ...]]
 
 
@@ -87,7 +90,7 @@ def near_miss(prompt: ScenePrompt, rng: np.random.Generator) -> ScenePrompt:
     """The prompt changed in what its kind is about, and nothing else, where that can be.
 
     One count more or less, another colour, places or colours exchanged; for one or two objects,
-    the last one is left out, or drawn as another of the list.
+    the last one is another thing.
     """
     objects = prompt.objects
     if prompt.kind == "counting":
@@ -104,5 +107,6 @@ def near_miss(prompt: ScenePrompt, rng: np.random.Generator) -> ScenePrompt:
         first, second = objects
         swapped = (replace(first, colour=second.colour), replace(second, colour=first.colour))
         return replace(prompt, objects=swapped)
-    stranger = "cactus" if all(w.icon != "cactus" for w in objects) else "robot"
+    wanted_icons = {wanted.icon for wanted in objects}
+    stranger = next(icon for icon in STRANGERS if icon not in wanted_icons)
     return replace(prompt, objects=(*objects[:-1], Wanted(stranger)))
