@@ -68,7 +68,7 @@ def evaluate(
         Path | None, typer.Option(help="A training run's model folder, instead of a bundle.")
     ] = None,
     suite: Annotated[
-        str, typer.Option(help="sceneeval, retrieval, frechet, paraphrase or all.")
+        str, typer.Option(help="sceneeval, retrieval, frechet, paraphrase, verifier or all.")
     ] = "sceneeval",
     pictures: Annotated[
         int | None, typer.Option(help="How many; with retrieval, for each concept. [the suite's]")

@@ -218,6 +218,16 @@ def test_a_bundle_is_evaluated_and_its_world_written(
     assert json.loads((tmp_path / "again.json").read_text()) == figures
 
 
+@pytest.mark.usefixtures("small_world")
+def test_the_verifier_alone_is_measured_without_drawing(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litapp.training.evaluation.suites.load_prompts", some_prompts)
+    run.main(run.Options(model=str(tiny), suite="verifier", pictures=6))
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.split() == ["overall", "1.000", "1.000"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

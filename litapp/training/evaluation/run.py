@@ -23,7 +23,7 @@ from litapp.training.data.art import PACKAGES, SpriteStore, load_concepts
 from litapp.training.evaluation.draw import Draw, Job, bundle_drawer, checkpoint_drawer, sample_set
 from litapp.training.evaluation.efficientnet import EfficientNetLite0
 from litapp.training.evaluation.gallery import build_gallery
-from litapp.training.evaluation.suites import SUITES, World
+from litapp.training.evaluation.suites import ALL, SUITES, World
 
 RESOLUTION = 512
 
@@ -35,7 +35,7 @@ class Options:
     Attributes:
         model: name or folder of a bundle.
         checkpoint: a training run's ``model`` folder, instead of a bundle.
-        suite: one of ``SUITES``, or ``all``.
+        suite: one of ``SUITES``, or ``all`` that draw.
         pictures: how many; see each suite.
         styles: the art styles that the gallery holds.
         art: cache folder of the vector art.
@@ -69,7 +69,9 @@ class Options:
             return "a checkpoint draws at its own size: leave out --res"
         if self.pictures is not None and self.pictures < 1:
             return f"--pictures must be positive, not {self.pictures}"
-        if self.npz is not None and (self.suite == "all" or self.npz.suffix != ".npz"):
+        if self.npz is not None and (
+            self.suite in ("all", "verifier") or self.npz.suffix != ".npz"
+        ):
             return "--npz takes a .npz file, and the pictures of one suite"
         if self.concepts is not None and self.suite not in ("retrieval", "all"):
             return "--write-concepts belongs to --suite retrieval"
@@ -96,7 +98,7 @@ def main(options: Options) -> None:
     gallery = build_gallery(store, concepts, options.styles, extract, cache)
     world = World(tuple(concepts), store, extract, gallery)
     report: dict[str, Any] = {**subject, "styles": list(options.styles), "suites": {}}
-    for name in SUITES if options.suite == "all" else (options.suite,):
+    for name in ALL if options.suite == "all" else (options.suite,):
         suite = SUITES[name](world, options.pictures)
         jobs = suite.jobs
         kept = sample_set(options.npz, len(jobs)) if options.npz else nullcontext()

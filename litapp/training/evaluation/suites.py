@@ -62,17 +62,15 @@ class SceneEval:
         detect = Detector(world.extract, world.gallery)
         report = sceneeval.score(zip(self.prompts, images), detect)
         own = sceneeval.verify(self.prompts, world.concepts, world.store, detect)
-        lines = [f"{'kind':<20}{'model':>7}{'art accepted':>14}{'near miss refused':>19}"]
-        rows = {**report.by_kind}
-        for kind, value in rows.items():
-            lines.append(
-                f"{kind:<20}{value:>7.3f}{own.accepted[kind]:>14.3f}{own.refused[kind]:>19.3f}"
-            )
-        means = [float(np.mean(list(values.values()))) for values in (own.accepted, own.refused)]
-        lines.append(f"{'overall':<20}{report.overall:>7.3f}{means[0]:>14.3f}{means[1]:>19.3f}")
+        columns = {
+            "model": report.by_kind,
+            "art accepted": own.accepted,
+            "near miss refused": own.refused,
+        }
+        lines = _table(columns)
         data = {
             "overall": report.overall,
-            "kinds": rows,
+            "kinds": report.by_kind,
             "verifier": {"accepted": own.accepted, "refused": own.refused},
             "pictures": [
                 {
@@ -86,6 +84,21 @@ class SceneEval:
             ],
         }
         return Result(data, lines)
+
+
+class Verifier:
+    """No pictures of a model: the accuracy of SceneEval's verifier on rendered pictures alone."""
+
+    def __init__(self, world: World, pictures: int | None) -> None:
+        self.world, self.prompts = world, load_prompts()[:pictures]
+        self.jobs: list[Job] = []
+
+    def measure(self, images: Iterable[Image.Image]) -> Result:
+        world = self.world
+        detect = Detector(world.extract, world.gallery)
+        own = sceneeval.verify(self.prompts, world.concepts, world.store, detect)
+        lines = _table({"art accepted": own.accepted, "near miss refused": own.refused})
+        return Result(asdict(own), lines)
 
 
 class Retrieval:
@@ -166,13 +179,30 @@ SUITES: dict[str, Callable[[World, int | None], Suite]] = {
     "retrieval": Retrieval,
     "frechet": Frechet,
     "paraphrase": Paraphrase,
+    "verifier": Verifier,
 }
+# SceneEval tells the verifier's accuracy too.
+ALL = tuple(name for name in SUITES if name != "verifier")
 
 
 def whole_picture(premultiplied: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(SIDE, SIDE, 3) uint8 of a premultiplied picture on white, whatever its proportions."""
     image = Image.fromarray(on_white(premultiplied))
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+
+def _table(columns: dict[str, dict[str, float]]) -> list[str]:
+    """Rows by kind of prompt and a last row of means; columns as wide as their names."""
+    kinds = list(next(iter(columns.values())))
+    lines = [f"{'kind':<20}" + "".join(f"  {name}" for name in columns)]
+    for kind in (*kinds, "overall"):
+        cells = (
+            np.mean(list(values.values())) if kind == "overall" else values[kind]
+            for values in columns.values()
+        )
+        row = (f"  {cell:>{len(name)}.3f}" for name, cell in zip(columns, cells))
+        lines.append(f"{kind:<20}" + "".join(row))
+    return lines
 
 
 def _precision(ranks: NDArray[np.int64]) -> tuple[dict[str, Any], list[str]]:
