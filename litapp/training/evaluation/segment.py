@@ -22,7 +22,14 @@ WORKING_SIDE = 384
 # Colours within this many 8-bit levels of the border's are background: below the contrast of the
 # art's own outlines, above the rounding of a decoder.
 MINIMUM_CONTRAST = 20
-SPECK = 0.0005
+# A decoder's grain is smoothed away before anything is told from the background, and what is left
+# of it is smaller than this share of the picture.
+SMOOTHING = 1.5
+SPECK = 0.004
+# Bridges thinner than twice this many pixels do not connect, and what reaches further than
+# ``REACH`` pixels from anything thicker belongs to nothing.
+THIN = 2
+REACH = 24
 # Pixels along the side that recognition gets to see. Latent noise turns into grain, which upsets
 # the features more than the missing detail does (docs/evaluation.md has the figures).
 DETAIL = 64
@@ -51,8 +58,8 @@ def as_premultiplied(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(picture)
 
 
-def on_white(premultiplied: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8: a premultiplied picture laid on white."""
+def on_white(premultiplied: NDArray) -> NDArray:
+    """(H, W, 3) of the same type: a premultiplied picture laid on white, 0 to 255."""
     return premultiplied[..., :3] + (255 - premultiplied[..., 3:])
 
 
@@ -63,14 +70,15 @@ def foreground(premultiplied: NDArray[np.uint8]) -> Mask:
     by assumption, and foreground is what differs from the border's median colour by more than
     ``MINIMUM_CONTRAST``, or by three robust standard deviations of a border that is grainier.
     """
-    alpha = premultiplied[..., 3]
+    smooth = ndimage.gaussian_filter(premultiplied.astype(np.float32), (SMOOTHING, SMOOTHING, 0))
+    alpha = smooth[..., 3]
     if np.median(_border(alpha)) < 128:
         return alpha >= 128
-    rgb = on_white(premultiplied).astype(np.int16)
-    border = _border(rgb)
-    colour = np.median(border, axis=0)
-    grain = 1.4826 * np.median(np.abs(border - colour).max(-1))
-    return np.abs(rgb - colour).max(-1) > max(MINIMUM_CONTRAST, 3 * grain)
+    colour = np.median(_border(on_white(premultiplied)), axis=0)
+    # Smoothing takes the grain away but adds a halo, which the picture itself does not have.
+    raw, smoothed = (np.abs(on_white(p) - colour).max(-1) for p in (premultiplied, smooth))
+    grain = 1.4826 * np.median(_border(smoothed))
+    return (smoothed > max(MINIMUM_CONTRAST, 3 * grain)) & (raw > MINIMUM_CONTRAST)
 
 
 def _border(values: NDArray) -> NDArray:
@@ -86,7 +94,7 @@ def pieces(mask: Mask) -> list[Mask]:
 
     Beyond ``MAXIMUM_PIECES`` the small ones join the large one that is nearest.
     """
-    labels, count = ndimage.label(ndimage.binary_fill_holes(mask), np.ones((3, 3)))
+    labels, count = _cores(ndimage.binary_fill_holes(mask))
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     order = [int(i) + 1 for i in np.argsort(-areas, kind="stable") if areas[i] >= SPECK * mask.size]
     found = [labels == i for i in order[:MAXIMUM_PIECES]]
@@ -97,6 +105,16 @@ def pieces(mask: Mask) -> list[Mask]:
             nearest = int(distances[:, extra].min(1).argmin())
             found[nearest] = found[nearest] | extra
     return found
+
+
+def _cores(mask: Mask) -> tuple[NDArray[np.int32], int]:
+    """Number the connected thick parts of a mask; its thin parts go to the nearest of them."""
+    thick = ndimage.binary_opening(mask, np.ones((3, 3)), iterations=THIN)
+    labels, count = ndimage.label(thick, np.ones((3, 3)))
+    if count:
+        distance, nearest = ndimage.distance_transform_edt(~thick, return_indices=True)
+        labels = np.where(mask & (distance <= REACH), labels[tuple(nearest)], 0)
+    return labels, count
 
 
 def candidates(mask: Mask) -> Node | None:
