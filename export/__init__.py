@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from litapp.bundle import Bundle, write_manifest
+from litapp.concepts import CONCEPTS
 from litapp.errors import EXIT_USAGE, LitappError
 from litapp.export.graphs import Graph, graphs, save_graph
 from litapp.export.parity import PROMPTS, Drawing, Reference, draw, mean_psnr, psnr
@@ -158,6 +159,8 @@ def _write_companions(source: Source, folder: Path) -> None:
     _write_json(folder / "model_index.json", index)
     if source.readme:
         shutil.copyfile(source.readme, folder / "README.md")
+    if source.concepts:
+        shutil.copyfile(source.concepts, folder / CONCEPTS)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from diffusers import ModelMixin
 from tokenizers import Tokenizer
 
+from litapp.concepts import CONCEPTS, read_concepts
 from litapp.errors import LitappError
 from litapp.export.report import quiet
 from litapp.manifest import COMPONENTS, SCHEDULER, read_json
@@ -40,6 +41,7 @@ class Source:
         about: the content of ``model.toml``.
         scheduler: the content of ``scheduler_config.json``.
         readme: the model card, where there is one.
+        concepts: the ``concepts.json`` of ``litapp evaluate``, where there is one.
     """
 
     transformer: LiTTransformer2DModel
@@ -49,6 +51,7 @@ class Source:
     scheduler: dict[str, Any]
     about: dict[str, Any]
     readme: Path | None
+    concepts: Path | None
 
     def manifest(self) -> dict[str, Any]:
         """The fields of ``litapp.json`` that do not depend on the precision."""
@@ -78,7 +81,8 @@ def load_source(root: Path) -> Source:
 
     Args:
         root: holds ``transformer/`` and ``autoencoder/`` as ``save_pretrained`` writes them,
-            ``scheduler/scheduler_config.json``, ``model.toml`` and perhaps ``README.md``.
+            ``scheduler/scheduler_config.json``, ``model.toml`` and perhaps ``README.md`` and
+            ``concepts.json``.
 
     Raises:
         LitappError: something is missing, damaged, not finite, or the parts do not fit together.
@@ -101,6 +105,7 @@ def load_source(root: Path) -> Source:
         scheduler=scheduler,
         about=about,
         readme=_readme(root, about),
+        concepts=_concepts(root),
     )
     if reason := _misfit(source):
         raise LitappError(f"{root} cannot be exported: {reason}")
@@ -136,6 +141,14 @@ def _readme(root: Path, about: dict[str, Any]) -> Path | None:
     if "readme" in about and not path.is_file():
         raise LitappError(f"{root / ABOUT} names a readme that is not there: {path}")
     return path if path.is_file() else None
+
+
+def _concepts(root: Path) -> Path | None:
+    path = root / CONCEPTS
+    if not path.is_file():
+        return None
+    read_concepts(path)
+    return path
 
 
 def _load_network(kind: type[Network], folder: Path) -> Network:

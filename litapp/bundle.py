@@ -28,7 +28,16 @@ from litapp.manifest import (
     read_json,
 )
 
-__all__ = ["Bundle", "find", "home", "list_bundles", "load", "verify", "write_manifest"]
+__all__ = [
+    "Bundle",
+    "describe",
+    "find",
+    "home",
+    "list_bundles",
+    "load",
+    "verify",
+    "write_manifest",
+]
 
 PACKAGED = Path(__file__).parent / "bundles"
 
@@ -118,6 +127,32 @@ def verify(bundle: Bundle) -> list[str]:
         for relative, entry in bundle.manifest.files.items()
         if _sha256(bundle.root / relative) != entry.sha256
     ]
+
+
+def describe(bundle: Bundle, as_json: bool = False) -> list[str]:
+    """Lines to print about a bundle, or one JSON object."""
+    manifest = bundle.manifest
+    facts = {
+        "name": manifest.name,
+        "description": manifest.description,
+        "folder": str(bundle.root),
+        "digest": bundle.digest,
+        "bytes": sum(entry.size for entry in manifest.files.values()),
+        "trained at": manifest.native,
+        "sampler": manifest.sampler,
+        "steps": manifest.steps,
+        "guidance": manifest.guidance,
+    }
+    networks = {
+        name: {"precision": network.precision, "license": network.license}
+        for name, network in manifest.components.items()
+    }
+    if as_json:
+        return [json.dumps({**facts, "components": networks}, ensure_ascii=False)]
+    lines = [f"{name + ':':<15}{value}" for name, value in facts.items()]
+    for name, about in networks.items():
+        lines.append(f"{name + ':':<15}{', '.join(filter(None, about.values()))}")
+    return lines
 
 
 def write_manifest(root: Path, fields: Mapping[str, Any]) -> Bundle:

@@ -379,6 +379,31 @@ def list_models() -> None:
             typer.echo(f"{name}  not usable: {error}")
 
 
+@models_app.command("show")
+def show_model(
+    name: Annotated[str, typer.Argument(help="Name or folder.")],
+    concepts: Annotated[
+        bool, typer.Option("--concepts", help="List what it can draw, and how surely.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what a model is and what it can draw."""
+    from litapp import bundle
+    from litapp import concepts as world
+
+    model = bundle.load(bundle.find(name))
+    if concepts:
+        if world.CONCEPTS not in model.manifest.files:
+            raise LitappError(
+                f"model {model.manifest.name} holds no {world.CONCEPTS}: nobody measured what it"
+                " can draw"
+            )
+        lines = world.describe(world.read_concepts(model.root / world.CONCEPTS), as_json)
+    else:
+        lines = bundle.describe(model, as_json)
+    typer.echo("\n".join(lines))
+
+
 @models_app.command("verify")
 def verify_models(
     name: Annotated[str | None, typer.Argument(help="Name or folder; all if not given.")] = None,

@@ -64,9 +64,62 @@ def export(
     _main("litapp.export", "export")(target, model, precision, output)
 
 
+@app.command("evaluate")
+def evaluate(
+    model: Annotated[
+        str | None, typer.Option(help="Name or folder of a bundle. [lit-scenes-1k]")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A training run's model folder, instead of a bundle.")
+    ] = None,
+    suite: Annotated[
+        str, typer.Option(help="sceneeval, retrieval, frechet, paraphrase, verifier or all.")
+    ] = "sceneeval",
+    pictures: Annotated[
+        int | None, typer.Option(help="How many; with retrieval, for each concept. [the suite's]")
+    ] = None,
+    res: Annotated[int | None, typer.Option(help="Width and height in pixels. [512]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. [the model's]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance, 1-30. [the model's]")] = None,
+    styles: Annotated[
+        str, typer.Option(help="Art styles to compare with, separated by commas.")
+    ] = "glossy",
+    art: Annotated[Path, typer.Option(help="Cache folder of the vector art.")] = Path("runs/art"),
+    json: Annotated[Path | None, typer.Option(help="File for all figures.")] = None,
+    npz: Annotated[
+        Path | None, typer.Option(help="File for the pictures, as ADM's evaluation reads them.")
+    ] = None,
+    write_concepts: Annotated[
+        Path | None,
+        typer.Option(help="Model folder that gets concepts.json, for `models show --concepts`."),
+    ] = None,
+) -> None:
+    """Measure what a model draws: prints tables."""
+    run = _module("litapp.training.evaluation.run", "train")
+    options = run.Options(
+        model=model,
+        checkpoint=checkpoint,
+        suite=suite,
+        pictures=pictures,
+        res=res,
+        steps=steps,
+        guidance=guidance,
+        styles=tuple(filter(None, styles.split(","))),
+        art=art,
+        json=json,
+        npz=npz,
+        concepts=write_concepts,
+    )
+    run.main(options)
+
+
 def _main(module: str, extra: str) -> Any:
+    return _module(module, extra).main
+
+
+def _module(module: str, extra: str) -> Any:
     try:
-        return import_module(module).main
+        return import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "litapp":
             raise

@@ -272,6 +272,6 @@ def test_the_package_offers_what_it_lists() -> None:
 def test_help_names_every_command() -> None:
     result = CliRunner().invoke(app, ["--help"])
     for command in (
-        "generate ui info doctor models train-vae train-teacher train-kd export --version"
+        "generate ui info doctor models train-vae train-teacher train-kd export evaluate --version"
     ).split():
         assert command in result.stdout

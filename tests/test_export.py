@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from litapp import TextToImage, bundle, export
+from litapp.concepts import CONCEPTS, ConceptScore, read_concepts, write_concepts
 from litapp.engines import OnnxNetwork
 from litapp.errors import LitappError
 from litapp.export.graphs import Graph, graphs, save_graph
@@ -27,6 +28,7 @@ from litapp.models.lit import LiTTransformer2DModel
 from litapp.models.text_encoder import TextEncoder, load_text_encoder
 
 CHANNELS, TEXT = 4, 32
+CONCEPTS_SCORED = [ConceptScore("red apple", ("apple",), 0.5, 1.0, 2)]
 
 ABOUT = """
 name = "tiny"
@@ -119,6 +121,7 @@ def save_model(root: Path, **changes: Any) -> Path:
     (root / "scheduler/scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (root / "model.toml").write_text(ABOUT)
     (root / "README.md").write_text("# tiny\n")
+    write_concepts(CONCEPTS_SCORED, root / CONCEPTS)
     return root
 
 
@@ -241,6 +244,8 @@ def test_an_int8_bundle_draws(
     found = bundle.load(output)
     assert bundle.verify(found) == []
     assert (output / "README.md").read_text() == "# tiny\n"
+    assert CONCEPTS in found.manifest.files
+    assert read_concepts(output / CONCEPTS) == CONCEPTS_SCORED
     assert found.manifest.reduction == 64 and found.manifest.multiple == 128
     for name in COMPONENTS:
         component = found.manifest.components[name]
@@ -345,6 +350,7 @@ def edit(name: str, old: str, new: str) -> Any:
             edit("transformer/config.json", '"caption_channels": 32', '"caption_channels": 3'),
             "load",
         ),
+        (edit(CONCEPTS, "0.5", "2"), "precisions of 'red apple'"),
         (edit("autoencoder/config.json", "latents_mean", "unused"), "finish its training"),
     ],
 )
@@ -357,6 +363,12 @@ def test_a_model_that_is_not_whole_is_refused_in_one_line(
         export.main("onnx", copy, "int8", tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.glob("out*")) == []
+
+
+def test_a_model_without_measured_concepts_can_be_exported(model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    (copy / CONCEPTS).unlink()
+    assert load_source(copy).concepts is None
 
 
 def test_what_is_not_offered_is_refused(model: Path, tmp_path: Path) -> None:

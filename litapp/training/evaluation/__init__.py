@@ -1,0 +1,1 @@
+"""Measures of what a model draws: SceneEval, retrieval precision, Fréchet distance."""
