@@ -6,6 +6,7 @@ import os
 import tempfile
 import webbrowser
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from litapp.history import History
 from litapp.pipeline import TextToImage
@@ -13,8 +14,6 @@ from litapp.worker import Worker
 
 # Before Gradio is imported: it would otherwise look for news of itself.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

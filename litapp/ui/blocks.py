@@ -205,7 +205,12 @@ def _connect(
         except LitappError as error:
             gr.Warning(str(error))
 
-    quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    # Gradio shows warnings only for events that go through its queue; this one never waits.
+    quick = {
+        "concurrency_limit": None,
+        "show_progress": "hidden",
+        "api_visibility": "private",
+    }
     events["generate"].click(generate, controls, seed, **quick)
     events["dice"].click(lambda: secrets.randbelow(2**32), None, seed, **quick)
     for place in live:

@@ -138,7 +138,7 @@ def page(browser: Any, server: Server, log: Log) -> Iterator[Any]:
 def opened(browser: Any, server: Server, log: Log, **options: Any) -> Iterator[Any]:
     context = browser.new_context(**options)
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(120_000)
     log.follow(page)
     page.goto(server.url)
     page.wait_for_selector("#prompt textarea")
@@ -180,6 +180,11 @@ def test_generate_shows_the_picture(page: Any, server: Server) -> None:
     assert parameters["prompt"] == "a penguin on a light blue background"
     assert f"seed {parameters['seed']} " in page.locator(".stage .facts").inner_text()
     shot(page, "generate")
+
+
+def test_an_empty_prompt_is_told(page: Any) -> None:
+    page.click("#generate")
+    page.get_by_text("the prompt is empty").wait_for()
 
 
 def test_style_shape_and_background_reach_the_model(page: Any, server: Server) -> None:
