@@ -70,7 +70,7 @@ def workshop(tmp_path: Path) -> Path:
     SceneAutoencoder(
         latent_channels=4,
         encoder_widths=(8, 16, 32),
-        decoder_widths=(32, 16, 16, 8),
+        decoder_widths=(32, 16, 8),
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     ).save_pretrained(tmp_path / "autoencoder")

@@ -157,6 +157,6 @@ def test_noise_can_be_predicted_instead_of_v(workshop: Path) -> None:
     output = run(workshop, "out")
     scheduler = json.loads((output / "model" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == "epsilon"
-    recipe.write_text(recipe.read_text().replace("epsilon", "sample"))
-    with pytest.raises(LitappError, match="prediction_type is 'sample'"):
+    recipe.write_text(recipe.read_text().replace("epsilon", "flow"))
+    with pytest.raises(LitappError, match="prediction_type is 'flow'"):
         run(workshop, "other")

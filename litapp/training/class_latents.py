@@ -78,7 +78,7 @@ def _encode(
     parts = []
     for start in range(0, len(pictures), ENCODE_AT_ONCE):
         chosen = pictures[start : start + ENCODE_AT_ONCE]
-        pixels = np.stack([read_square(picture, codec.side(size)) for picture in chosen])
+        pixels = np.stack([read_square(picture, size) for picture in chosen])
         if mirror:
             pixels = np.ascontiguousarray(pixels[:, :, ::-1])
         parts.append(codec.encode(pixels, generator))

@@ -22,10 +22,6 @@ class SceneCodec:
         self.network = network
         self.reduction = network.reduction
 
-    def side(self, size: int) -> int:
-        """Pixels per side that :meth:`encode` wants for a picture of ``size`` pixels."""
-        return size // self.network.encoder_scale
-
     def encode(self, pictures: np.ndarray, _: torch.Generator) -> Tensor:
         """(B, s, s, 4) uint8 premultiplied RGBA to (B, C, h, w) latents."""
         batch = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
@@ -43,10 +39,6 @@ class KLCodec:
         self.network = network
         self.reduction = 2 ** (len(network.config.block_out_channels) - 1)
         self.shift = network.config.shift_factor or 0.0
-
-    def side(self, size: int) -> int:
-        """Pixels per side that :meth:`encode` wants for a picture of ``size`` pixels."""
-        return size
 
     def encode(self, pictures: np.ndarray, generator: torch.Generator) -> Tensor:
         """(B, s, s, 4) uint8 premultiplied RGBA, put on white, to one draw of its latents."""
