@@ -174,7 +174,9 @@ class LiTTransformer2DModel(PixArtTransformer2DModel):
         width: int,
     ) -> Tensor:
         """One adaLN-single block (PixArt-Alpha, section 2.3): self-attention, text, MLP."""
-        table = block.scale_shift_table[None] + modulation
+        # In the tokens' own precision: float32 tables would make the residual stream float32
+        # under autocast, and each product would cast it again.
+        table = (block.scale_shift_table[None] + modulation).to(x.dtype)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = table.chunk(6, dim=1)
         normed = block.norm1(x) * (1 + scale_1) + shift_1
         if self.config.attention == "softmax":

@@ -83,10 +83,9 @@ def reconstruction_loss(output: Tensor, target: Tensor, edges: float) -> Tensor:
 class _Reconstruct(nn.Module):
     """Encoder and decoder as one module, so that one forward pass sees all parameters."""
 
-    def __init__(self, autoencoder: SceneAutoencoder, frozen_encoder: bool) -> None:
+    def __init__(self, autoencoder: SceneAutoencoder) -> None:
         super().__init__()
         self.autoencoder = autoencoder
-        autoencoder.encoder.requires_grad_(not frozen_encoder)
 
     def forward(self, pixels: Tensor, generator: torch.Generator, noise: float) -> Tensor:
         latents = self.autoencoder.encode(pixels)
@@ -102,7 +101,7 @@ def psnr(output: Tensor, target: Tensor) -> float:
     return float(-10 * torch.log10(F.mse_loss(output.clamp(0, 1), target)))
 
 
-def _ignore_signals(_: int) -> None:
+def ignore_signals(_: int) -> None:
     """Ctrl-C reaches the whole process group; the worker must live until the last checkpoint."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -116,7 +115,7 @@ def _batches(store: SpriteStore, mix: Mix, crops: CropConfig, loop: LoopConfig):
             loop.batch_size,
             num_workers=1,
             prefetch_factor=8,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=ignore_signals,
         )
         return enumerate(loader, step)
 
@@ -151,22 +150,31 @@ def measure_latents(autoencoder: SceneAutoencoder, store: SpriteStore, mix: Mix)
     }
 
 
+def save_model(autoencoder: SceneAutoencoder, output: Path) -> None:
+    """Write ``output/model`` whole."""
+    with replace_folder(output / "model") as partial:
+        autoencoder.save_pretrained(partial)
+
+
 def main(recipe: Path, output: Path, resume: bool) -> None:
-    """Run a recipe with tables ``[art] [mix] [crops] [model] [loop]``; writes ``output/model``."""
-    tables = load_recipe(recipe, "art", "mix", "crops", "loop")
-    store = SpriteStore(Path(tables["art"]["cache"]))
-    mix = from_table(Mix, tables["mix"], "mix")
-    crops = from_table(CropConfig, tables["crops"], "crops")
-    loop = from_table(LoopConfig, tables["loop"], "loop")
+    """Run a recipe with tables ``[art] [mix] [crops] [model] [loop]``; writes ``output/model``.
+
+    With ``[predictions]`` it is a recipe of :mod:`litapp.training.refine`.
+    """
+    tables = load_recipe(recipe, "art", "loop")
     options = dict(tables.get("model", {}))
     noise, start = options.pop("latent_noise", 0.1), options.pop("start", None)
-    frozen = options.pop("frozen_encoder", False)
-    if start:
-        autoencoder = SceneAutoencoder.from_pretrained(start)
-    else:
-        autoencoder = SceneAutoencoder(**options)
-    if frozen and not start:
-        raise LitappError("recipe, [model]: frozen_encoder needs start = FOLDER")
+    autoencoder = SceneAutoencoder.from_pretrained(start) if start else SceneAutoencoder(**options)
+    if "predictions" in tables:
+        if not start or "data" not in tables:
+            raise LitappError("recipe: [predictions] needs [[data]], and [model] start = FOLDER")
+        from litapp.training import refine  # which itself builds on this module
+
+        return refine.main(tables, autoencoder, output, resume)
+    store = SpriteStore(Path(tables["art"]["cache"]))
+    mix = from_table(Mix, tables.get("mix", {}), "mix")
+    crops = from_table(CropConfig, tables.get("crops", {}), "crops")
+    loop = from_table(LoopConfig, tables["loop"], "loop")
 
     def loss_function(model: nn.Module, batch: tuple[int, Tensor], generator: torch.Generator):
         step, target = batch
@@ -175,9 +183,7 @@ def main(recipe: Path, output: Path, resume: bool) -> None:
         loss = reconstruction_loss(result, target, edges)
         return loss, {"psnr": psnr(result.detach(), target)}
 
-    wrapped = _Reconstruct(autoencoder, frozen)
-    train(wrapped, loss_function, _batches(store, mix, crops, loop), loop, output, resume)
-    if not frozen:
-        autoencoder.register_to_config(**measure_latents(autoencoder.eval(), store, mix))
-    with replace_folder(output / "model") as partial:
-        autoencoder.save_pretrained(partial)
+    batches = _batches(store, mix, crops, loop)
+    train(_Reconstruct(autoencoder), loss_function, batches, loop, output, resume)
+    autoencoder.register_to_config(**measure_latents(autoencoder.eval(), store, mix))
+    save_model(autoencoder, output)

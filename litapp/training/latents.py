@@ -25,7 +25,7 @@ from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.text_encoder import TextEncoder, encode_texts
 from litapp.training.data.art import SpriteStore, load_concepts
 from litapp.training.data.folder import read_folder
-from litapp.training.data.scenes import Mix, render, sample_scene
+from litapp.training.data.scenes import Mix, Scene, render, sample_scene
 from litapp.training.loop import choose_precision
 from litapp.training.recipe import from_table
 
@@ -67,25 +67,39 @@ def build_scene_cache(
     """Render, encode and store the scenes of one ``[[data]]`` table; returns the folder."""
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    mix, concepts = from_table(Mix, config.mix, "data.mix"), load_concepts()
-    weights = np.array([size[2] for size in config.sizes])
     threads = ThreadPoolExecutor()  # Pillow and NumPy release the interpreter's lock
     for shard in track(range(-(-config.pictures // SHARD)), f"latents {folder.name}"):
-        path = folder / f"shard-{shard:05d}.safetensors"
+        path = _shard_path(folder, shard)
         if path.exists():
             continue
-        rng = np.random.default_rng((config.seed, shard))
-        width, height, _ = config.sizes[rng.choice(len(weights), p=weights / weights.sum())]
-        side = (int(width), int(height))
+        side, scenes = shard_scenes(config, shard)
         latents: list[Tensor] = []
-        captions: list[str] = []
-        while len(latents) < SHARD:
-            scenes = [sample_scene(rng, concepts, mix) for _ in range(8)]
-            pictures = threads.map(lambda scene, side=side: render(scene, store, *side), scenes)
+        for start in range(0, SHARD, 8):
+            group = scenes[start : start + 8]
+            pictures = threads.map(lambda scene, side=side: render(scene, store, *side), group)
             latents += _encode(autoencoder, list(pictures))
-            captions += [scene.caption for scene in scenes]
-        _save_shard(path, latents, captions)
+        _save_shard(path, latents, [scene.caption for scene in scenes])
     return folder
+
+
+def shard_scenes(config: CacheConfig, shard: int) -> tuple[tuple[int, int], list[Scene]]:
+    """(width, height) of a shard's pictures and their scenes: a function of the table alone."""
+    mix, concepts = from_table(Mix, config.mix, "data.mix"), load_concepts()
+    weights = np.array([size[2] for size in config.sizes])
+    rng = np.random.default_rng((config.seed, shard))
+    width, height, _ = config.sizes[rng.choice(len(weights), p=weights / weights.sum())]
+    scenes = [sample_scene(rng, concepts, mix) for _ in range(SHARD)]
+    return (int(width), int(height)), scenes
+
+
+def load_shard(folder: Path, shard: int) -> Tensor:
+    """(SHARD, C, h, w) float16 latents, in the order of :func:`shard_scenes`."""
+    with safe_open(_shard_path(folder, shard), "pt") as file:
+        return file.get_tensor("latents")
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
 
 
 def build_folder_cache(data: Path, folder: Path, autoencoder: SceneAutoencoder, size: int) -> Path:
@@ -97,10 +111,10 @@ def build_folder_cache(data: Path, folder: Path, autoencoder: SceneAutoencoder, 
         pending[0].append(_encode(autoencoder, [picture])[0])
         pending[1].append(caption)
         if len(pending[0]) == SHARD:
-            _save_shard(folder / f"shard-{shard:05d}.safetensors", *pending)
+            _save_shard(_shard_path(folder, shard), *pending)
             pending, shard = ([], []), shard + 1
     if pending[0]:
-        _save_shard(folder / f"shard-{shard:05d}.safetensors", *pending)
+        _save_shard(_shard_path(folder, shard), *pending)
     return folder
 
 

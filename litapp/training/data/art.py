@@ -13,9 +13,9 @@ import shutil
 import subprocess
 import tarfile
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from threading import Lock, get_ident
 
 import numpy as np
 from PIL import Image
@@ -30,6 +30,7 @@ PACKAGES = {
     "twemoji": "@iconify-json/twemoji@1.2.5",
 }
 SPRITE_SIZE = 1024
+_FETCHING = Lock()
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,16 @@ class SpriteStore:
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
+        self._icon_sets: dict[str, dict] = {}
 
-    @lru_cache(maxsize=8)  # noqa: B019 - one store lives as long as the process
     def _icons(self, style: str) -> dict:
-        folder = fetch_package(PACKAGES[style], self.cache / "npm")
-        return json.loads((folder / "package" / "icons.json").read_text())
+        # Scenes are rendered by several threads, and the first of them fetches the package.
+        with _FETCHING:
+            if style not in self._icon_sets:
+                folder = fetch_package(PACKAGES[style], self.cache / "npm")
+                text = (folder / "package" / "icons.json").read_text()
+                self._icon_sets[style] = json.loads(text)
+            return self._icon_sets[style]
 
     def svg(self, style: str, icon: str) -> str:
         """The icon's SVG document.
@@ -129,7 +135,7 @@ class SpriteStore:
         path = self.cache / "sprites" / f"{style}-{icon}.npy"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial.npy")
+            partial = path.with_suffix(f".{get_ident()}.npy")
             np.save(partial, premultiply(render_svg(self.svg(style, icon), SPRITE_SIZE)))
             partial.replace(path)
         return np.load(path, mmap_mode="r")

@@ -1,0 +1,143 @@
+"""The decoder's last stage: it learns from latents that a transformer predicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from litapp.errors import LitappError
+from litapp.models.autoencoder import SceneAutoencoder
+from litapp.models.lit import LiTTransformer2DModel
+from litapp.training import autoencoder as autoencoder_training
+from litapp.training import refine
+from litapp.training.diffusion import DiffusionConfig
+from litapp.training.latents import CacheConfig, build_scene_cache
+
+SIDE = 128
+
+
+class BallStore:
+    """A shaded ball for every icon, its hue from the name's length."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def sprite(self, style: str, icon: str) -> np.ndarray:
+        y, x = np.mgrid[-1:1:64j, -1:1:64j]
+        inside = (x**2 + y**2 < 0.9)[..., None]
+        colour = np.stack([x * 60 + 120, y * 60 + 120, 0 * x + 7 * len(icon), 0 * x + 255], -1)
+        return (colour * inside).astype(np.uint8)
+
+
+class Letters:
+    """Any tokenizer and encoder of the right width: MiniLM's weights are not part of a clone."""
+
+    def encode_batch(self, texts: list[str]) -> list:
+        return [type("Encoding", (), {"ids": [1, len(text)]}) for text in texts]
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple:
+        states = ids[..., None].float().expand(*ids.shape, 384) / 20
+        return states, states.mean(1)
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe, an autoencoder and a transformer that predicts zeros, as an untrained one does."""
+    monkeypatch.setattr(refine, "load_text_encoder", lambda: (Letters(), Letters()))
+    monkeypatch.setattr(refine, "SpriteStore", BallStore)
+    torch.manual_seed(0)
+    SceneAutoencoder(
+        latent_channels=4,
+        encoder_widths=(8, 16, 32),
+        decoder_widths=(32, 16, 8),
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).save_pretrained(tmp_path / "autoencoder")
+    model = LiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=4,
+        patch_size=2,
+        caption_channels=384,
+        cross_attention_dim=16,
+        pooled_projection_dim=384,
+    )
+    model.initialise()
+    model.save_pretrained(tmp_path / "model" / "transformer")
+    scheduler = DiffusionConfig(prediction_type="sample").scheduler()
+    scheduler.save_pretrained(tmp_path / "model" / "scheduler")
+    (tmp_path / "recipe.toml").write_text(
+        f"""
+        [art]
+        cache = "unused"
+        [[data]]
+        folder = '{tmp_path / "latents"}'
+        pictures = 128
+        sizes = [[{SIDE}, {SIDE}, 1]]
+        [model]
+        start = '{tmp_path / "autoencoder"}'
+        [predictions]
+        model = '{tmp_path / "model"}'
+        window = 64
+        [loop]
+        steps = 2
+        batch_size = 2
+        learning_rate = 1e-3
+        precision = "no"
+        log_every = 1
+        """
+    )
+    return tmp_path
+
+
+def test_only_the_decoder_is_trained(workshop: Path) -> None:
+    output = workshop / "out"
+    autoencoder_training.main(workshop / "recipe.toml", output, resume=True)
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    before, after = (
+        SceneAutoencoder.from_pretrained(folder).state_dict()
+        for folder in (workshop / "autoencoder", output / "model")
+    )
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed and all(name.startswith("decoder.") for name in changed)
+
+
+def test_scenes_are_drawn_again_as_they_were_encoded(workshop: Path) -> None:
+    network = SceneAutoencoder.from_pretrained(workshop / "autoencoder")
+    config = CacheConfig(str(workshop / "latents"), 128, [[SIDE, SIDE, 1]])
+    build_scene_cache(config, BallStore(), network)
+    scenes = refine.CachedScenes([config], BallStore(), SIDE, network.reduction, 2, seed=0, start=0)
+    latents, caption, window, corner = next(iter(scenes))
+    assert corner == (0, 0) and caption
+    with torch.no_grad():
+        again = network.normalise(network.encode(window[None]))[0]
+    # Half precision in the cache, and bf16 where the processor has it.
+    torch.testing.assert_close(latents, again, rtol=0.05, atol=0.05)
+
+
+def test_the_share_of_predicted_latents_is_the_one_asked_for(workshop: Path) -> None:
+    x0 = torch.randn(200, 4, 4, 4)
+    config = refine.PredictionConfig(str(workshop / "model"), share=0.75)
+    out = refine.Predictor(config)(x0, ["a"] * 200, torch.Generator().manual_seed(0))
+    same = (out == x0).flatten(1).all(1)
+    assert out[~same].abs().max() == 0, "an untrained transformer predicts x_0 = 0"
+    assert 0.15 < same.float().mean() < 0.35
+
+
+def test_what_is_missing_from_the_recipe_is_one_clear_line(workshop: Path) -> None:
+    recipe = workshop / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("start =", "# start ="))
+    with pytest.raises(LitappError, match="start = FOLDER"):
+        autoencoder_training.main(recipe, workshop / "out", resume=True)
+    config = refine.PredictionConfig(str(workshop / "nowhere"))
+    with pytest.raises(LitappError, match="cannot load"):
+        refine.Predictor(config)
+    assert not (workshop / "out").exists()
