@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from litapp.errors import LitappError
 from litapp.models.autoencoder import SceneAutoencoder
@@ -123,6 +124,18 @@ def test_dropped_captions_are_the_empty_prompt(
     lengths = batch["encoder_attention_mask"].sum(1)
     assert set(lengths.tolist()) == {2, 4}
     assert 16 < int((lengths == 2).sum()) < 48
+
+
+def test_pictures_of_a_heavier_cache_are_taken_more_often(tmp_path: Path) -> None:
+    folders = [tmp_path / "light", tmp_path / "heavy"]
+    for value, folder in enumerate(folders):
+        folder.mkdir()
+        latents = torch.full((3, 4, 2, 2), float(value))
+        words = {"captions": json.dumps(["a", "b", "c"])}
+        save_file({"latents": latents}, folder / "shard-00000.safetensors", metadata=words)
+    data = LatentData(folders, WordTokenizer(), count_encoder, weights=[1.0, 4.0])
+    batch = next(data.batches(0, 4000, dropout=0.0, seed=0))
+    assert batch["latents"].mean().item() == pytest.approx(0.8, abs=0.03)
 
 
 def test_pictures_are_cropped_square_and_premultiplied(tmp_path: Path) -> None:

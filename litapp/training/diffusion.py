@@ -122,12 +122,13 @@ def _adapt(network: LiTTransformer2DModel, changes: dict) -> LiTTransformer2DMod
     return model
 
 
-def _scene_caches(tables: dict, autoencoder: SceneAutoencoder) -> list[Path]:
+def _scene_caches(tables: dict, autoencoder: SceneAutoencoder) -> dict[Path, float]:
+    """The folders of the recipe's caches, built where need be, and how often each is drawn."""
     if "data" not in tables or "art" not in tables:
         raise LitappError("this recipe has no [art] and [[data]]: give --data FOLDER")
     store = SpriteStore(Path(tables["art"]["cache"]))
     configs = [from_table(CacheConfig, table, "data") for table in tables["data"]]
-    return [build_scene_cache(config, store, autoencoder) for config in configs]
+    return {build_scene_cache(config, store, autoencoder): config.weight for config in configs}
 
 
 def main(
@@ -161,10 +162,12 @@ def main(
     with process.main_process_first():
         if data is not None:
             size = model.config.sample_size * autoencoder.reduction
-            caches = [build_folder_cache(data, output / "latents", autoencoder, size)]
+            caches = {build_folder_cache(data, output / "latents", autoencoder, size): 1.0}
         else:
             caches = _scene_caches(tables, autoencoder)
-    latents = LatentData(caches, tokenizer, encoder, config.text_length)
+    latents = LatentData(
+        list(caches), tokenizer, encoder, config.text_length, list(caches.values())
+    )
     scheduler = config.scheduler()
     diffusion = Diffusion(scheduler)
 

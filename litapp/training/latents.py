@@ -36,7 +36,8 @@ SHARD = 128
 class CacheConfig:
     """One ``[[data]]`` table of a recipe.
 
-    ``sizes`` holds [width, height, weight]; ``pictures`` is rounded up to whole shards.
+    ``sizes`` holds [width, height, weight]; ``pictures`` is rounded up to whole shards. Training
+    takes a picture of a table with ``weight`` 2 twice as often as one with 1.
     """
 
     folder: str
@@ -44,6 +45,7 @@ class CacheConfig:
     sizes: list[list[float]] = field(default_factory=lambda: [[1024, 1024, 1.0]])
     mix: dict = field(default_factory=dict)
     seed: int = 0
+    weight: float = 1.0
 
 
 def _save_shard(path: Path, latents: list[Tensor], captions: list[str]) -> None:
@@ -123,6 +125,7 @@ class LatentData:
 
     Args:
         folders: caches to train on together.
+        weights: how often a picture of each is drawn; all the same if not given.
         text_length: tokens that captions are padded or cut to.
 
     Raises:
@@ -130,21 +133,31 @@ class LatentData:
     """
 
     def __init__(
-        self, folders: list[Path], tokenizer: Tokenizer, encoder: TextEncoder, text_length: int = 32
+        self,
+        folders: list[Path],
+        tokenizer: Tokenizer,
+        encoder: TextEncoder,
+        text_length: int = 32,
+        weights: list[float] | None = None,
     ) -> None:
         groups: dict[tuple[int, ...], list[Tensor]] = {}
         captions: dict[tuple[int, ...], list[str]] = {}
-        for path in sorted(p for folder in folders for p in folder.glob("shard-*.safetensors")):
-            with safe_open(path, "pt") as file:
-                latents = file.get_tensor("latents")
-                words = json.loads(file.metadata()["captions"])
-            groups.setdefault(tuple(latents.shape[1:]), []).append(latents)
-            captions.setdefault(tuple(latents.shape[1:]), []).extend(words)
+        often: dict[tuple[int, ...], list[float]] = {}
+        for folder, weight in zip(folders, weights or [1.0] * len(folders), strict=True):
+            for path in sorted(folder.glob("shard-*.safetensors")):
+                with safe_open(path, "pt") as file:
+                    latents = file.get_tensor("latents")
+                    words = json.loads(file.metadata()["captions"])
+                shape = tuple(latents.shape[1:])
+                groups.setdefault(shape, []).append(latents)
+                captions.setdefault(shape, []).extend(words)
+                often.setdefault(shape, []).extend([weight] * len(words))
         if not groups:
             raise LitappError(
                 f"no latents in {', '.join(map(str, folders))}: build the cache first"
             )
         self.latents = [torch.cat(group) for group in groups.values()]
+        self.weights = [torch.tensor(group) for group in often.values()]
         unique = sorted({"", *(words for group in captions.values() for words in group)})
         row = {words: index for index, words in enumerate(unique)}
         self.rows = [torch.tensor([row[w] for w in group]) for group in captions.values()]
@@ -163,12 +176,14 @@ class LatentData:
             dropout: share of captions replaced by the empty one, for classifier-free guidance
                 (arXiv 2207.12598).
         """
-        weights = torch.tensor([float(len(group)) for group in self.latents])
+        shares = torch.stack([group.sum() for group in self.weights])
         step = start
         while True:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            group = int(torch.multinomial(weights, 1, generator=generator))
-            chosen = torch.randint(len(self.latents[group]), (size,), generator=generator)
+            group = int(torch.multinomial(shares, 1, generator=generator))
+            chosen = torch.multinomial(
+                self.weights[group], size, replacement=True, generator=generator
+            )
             rows = self.rows[group][chosen]
             dropped = torch.rand(size, generator=generator) < dropout
             rows = torch.where(dropped, self.empty, rows)
