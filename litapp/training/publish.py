@@ -1,7 +1,7 @@
 """Collect finished networks in bf16 into a folder to keep, to export and to train from.
 
 ``python -m litapp.training.publish --transformer runs/cut/model --autoencoder runs/decoder/model
---output weights/next``
+--output weights/lit-scenes-1k``
 """
 
 from __future__ import annotations
