@@ -132,11 +132,14 @@ class SimplifiedLinearAttention(nn.Module):
         )
         parts = (self.feature_map(query), self.feature_map(key), values)
         out = linear_attention(*(x.transpose(1, 2) for x in parts))
-        out = out.transpose(1, 2).flatten(2).to(value.dtype)
+        out = out.transpose(1, 2).flatten(2)
         if self.dwc is not None:
             grid = value.transpose(1, 2).unflatten(2, (height, width))
-            out = out + self.dwc(grid).flatten(2).transpose(1, 2)
-        return self.to_out[0](out)
+            # fp32 here too: oneDNN's bf16 depth-wise gradient takes four times as long on CPUs.
+            with torch.autocast(value.device.type, enabled=False):
+                local = self.dwc(grid.to(self.dwc.weight.dtype))
+            out = out + local.flatten(2).transpose(1, 2)
+        return self.to_out[0](out.to(value.dtype))
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-6) -> Tensor:
