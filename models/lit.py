@@ -31,6 +31,10 @@ class LiTTransformer2DModel(PixArtTransformer2DModel):
         positions: ``stretched`` spreads the positions of the training size over each side, as
             PixArt does; ``short_side`` spreads them over the short side and lets the long one
             reach beyond both ends, so that a wide picture is a square one with more at its sides.
+        long_skip: add the noisy latents to the output, through a matrix on either side of a gate
+            that the timestep sets (a long skip as U-ViT's, arXiv 2209.12152, section 3.1, from the
+            input to the output). With more numbers in a token than channels in the network, what
+            little noise hides reaches the output in no other way.
     """
 
     @register_to_config
@@ -61,6 +65,7 @@ class LiTTransformer2DModel(PixArtTransformer2DModel):
         linear_heads: int = 4,
         pooled_projection_dim: int | None = None,
         positions: str = "stretched",
+        long_skip: bool = False,
     ) -> None:
         super().__init__(
             num_attention_heads=num_attention_heads,
@@ -94,6 +99,7 @@ class LiTTransformer2DModel(PixArtTransformer2DModel):
         self.pooled_projection = (
             PixArtAlphaTextProjection(pooled_projection_dim, dim) if pooled_projection_dim else None
         )
+        self.skip = LongSkip(in_channels, self.out_channels, patch_size, dim) if long_skip else None
 
     def initialise(self) -> None:
         """DiT's initial weights (arXiv 2212.09748): zero gates and output, Xavier elsewhere."""
@@ -108,6 +114,8 @@ class LiTTransformer2DModel(PixArtTransformer2DModel):
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
         for block in self.transformer_blocks:
             nn.init.zeros_(block.attn2.to_out[0].weight)
+        if self.skip is not None:
+            self.skip.initialise()
 
     def forward(
         self,
@@ -136,7 +144,8 @@ class LiTTransformer2DModel(PixArtTransformer2DModel):
         patch = self.config.patch_size
         batch, _, *pixels = hidden_states.shape
         height, width = pixels[0] // patch, pixels[1] // patch
-        hidden_states = self.pos_embed.proj(hidden_states).flatten(2).transpose(1, 2)
+        latents = hidden_states
+        hidden_states = self.pos_embed.proj(latents).flatten(2).transpose(1, 2)
         hidden_states = hidden_states + self._positions(height, width, hidden_states)
         conditions = added_cond_kwargs or {"resolution": None, "aspect_ratio": None}
         embedding = self.adaln_single.emb(
@@ -160,6 +169,8 @@ class LiTTransformer2DModel(PixArtTransformer2DModel):
                 hidden_states = self._block(*arguments, height, width)
         shift, scale = (self.scale_shift_table[None] + embedding[:, None]).chunk(2, dim=1)
         hidden_states = self.proj_out(self.norm_out(hidden_states) * (1 + scale) + shift)
+        if self.skip is not None:
+            hidden_states = hidden_states + self.skip(latents, embedding)
         output = self._unpatchify(hidden_states, height, width)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
@@ -212,3 +223,38 @@ class LiTTransformer2DModel(PixArtTransformer2DModel):
         # PixArt orders a token (row, column, channel); pixel_shuffle wants (channel, row, column).
         grid = tokens.unflatten(2, (patch * patch, channels)).transpose(2, 3).flatten(2)
         return F.pixel_shuffle(grid.transpose(1, 2).unflatten(2, (height, width)), patch)
+
+
+class LongSkip(nn.Module):
+    """Noisy latents to output tokens: ``out(gate(t) * in(x_t))``, see ``long_skip``.
+
+    Starts as the identity under a gate of 0 (nothing is added), which training opens where there
+    is little noise. Linear in x_t for every t, it can be the Wiener filter of the latents.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, patch_size: int, dim: int) -> None:
+        super().__init__()
+        width = in_channels * patch_size**2
+        self.proj_in = nn.Conv2d(in_channels, width, patch_size, stride=patch_size, bias=False)
+        self.gate = nn.Linear(dim, width)
+        self.proj_out = nn.Linear(width, out_channels * patch_size**2, bias=False)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """A gate of 0, and matrices that put every latent where it came from."""
+        width, channels, patch, _ = self.proj_in.weight.shape
+        with torch.no_grad():
+            identity = torch.eye(width)
+            self.proj_in.weight.copy_(identity.view_as(self.proj_in.weight))
+            # From (channel, row, column) to a token's (row, column, channel), variance left out.
+            rows = identity.view(channels, patch, patch, width).permute(1, 2, 0, 3)
+            self.proj_out.weight.zero_()
+            self.proj_out.weight.view(patch, patch, -1, width)[:, :, :channels] = rows
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, latents: Tensor, embedding: Tensor) -> Tensor:
+        """(B, C, h, w) latents and (B, dim) timestep embeddings to (B, N, p p out_channels)."""
+        tokens = self.proj_in(latents).flatten(2).transpose(1, 2)
+        gate = self.gate(F.silu(embedding))[:, None]
+        return self.proj_out(tokens * gate.to(tokens.dtype))

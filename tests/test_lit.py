@@ -96,6 +96,18 @@ def test_fresh_model_predicts_zero_so_that_training_starts_calm() -> None:
         assert model(**inputs()).sample.abs().max() == 0
 
 
+@pytest.mark.parametrize("gate", [0.0, 0.75])
+def test_a_fresh_long_skip_adds_the_latents_as_far_as_its_gate_is_open(gate: float) -> None:
+    model = LiTTransformer2DModel(**SMALL, linear_heads=2, long_skip=True).eval()
+    model.initialise()
+    arguments = inputs(4, 12)
+    with torch.no_grad():
+        model.skip.gate.bias.fill_(gate)
+        output = model(**arguments).sample
+    torch.testing.assert_close(output[:, :4], gate * arguments["hidden_states"])
+    assert output[:, 4:].abs().max() == 0
+
+
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     model = randomised(LiTTransformer2DModel(**SMALL, linear_heads=2))
     gradients = []
