@@ -160,3 +160,17 @@ def test_noise_can_be_predicted_instead_of_v(workshop: Path) -> None:
     recipe.write_text(recipe.read_text().replace("epsilon", "flow"))
     with pytest.raises(LitappError, match="prediction_type is 'flow'"):
         run(workshop, "other")
+
+
+def test_a_start_from_before_an_option_existed_gets_it(workshop: Path) -> None:
+    config = workshop / "teacher" / "config.json"
+    older = {k: v for k, v in json.loads(config.read_text()).items() if k != "long_skip"}
+    config.write_text(json.dumps(older))
+    recipe = workshop / "recipe.toml"
+    model = f"[model]\nstart = '{workshop / 'teacher'}'\nlong_skip = true\n"
+    head, _, tail = recipe.read_text().partition("[model]")
+    recipe.write_text(head + model + tail[tail.index("[distillation]") :])
+    output = run(workshop, "out", teacher=None)
+    saved = LiTTransformer2DModel.from_pretrained(output / "model" / "transformer")
+    assert saved.config.attention == "softmax"
+    assert saved.skip.gate.bias.abs().max() > 0

@@ -114,7 +114,9 @@ def _adapt(network: LiTTransformer2DModel, changes: dict) -> LiTTransformer2DMod
     """The network with another configuration; tensors whose shape that changes start fresh."""
     if not changes:
         return network
-    model = LiTTransformer2DModel.from_config({**network.config, **changes})
+    # diffusers leaves out of a configuration what its own notes call a default, even if we set it.
+    noted = {k: v for k, v in network.config.items() if k != "_use_default_values"}
+    model = LiTTransformer2DModel.from_config({**noted, **changes})
     model.initialise()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     kept = {k: v for k, v in network.state_dict().items() if shapes.get(k) == v.shape}
