@@ -14,11 +14,18 @@ from litapp.concepts import CONCEPTS
 from litapp.errors import EXIT_USAGE, LitappError
 from litapp.export.graphs import Graph, graphs, save_graph
 from litapp.export.parity import PROMPTS, Drawing, Reference, draw, mean_psnr, psnr
-from litapp.export.quantise import FP32, INT8, QUANTISERS, SCHEMES
+from litapp.export.quantise import (
+    FP16_WEIGHTS,
+    FP32,
+    INT8,
+    QUANTISERS,
+    SCHEMES,
+    to_fp16_weights,
+)
 from litapp.export.report import Report, Row
 from litapp.export.source import Source, load_source
 from litapp.folders import replace_folder
-from litapp.manifest import COMPONENTS, MANIFEST, SCHEDULER, TOKENIZER
+from litapp.manifest import COMPONENTS, ENCODER, MANIFEST, SCHEDULER, TOKENIZER
 
 __all__ = ["main"]
 
@@ -70,7 +77,7 @@ def _build(source: Source, precision: str, folder: Path, scratch: Path, report: 
     fields = source.manifest()
     networks = graphs(source)
     _write_companions(source, folder)
-    for name in COMPONENTS:
+    for name in networks:
         report.note(f"{name}: tracing")
         save_graph(networks[name], folder / fields["components"][name]["path"])
         fields["components"][name]["precision"] = FP32
@@ -87,6 +94,10 @@ def _build(source: Source, precision: str, folder: Path, scratch: Path, report: 
             chosen[name] = path
     if chosen:
         fields["parity"] = _compare(draw(bundle, chosen), fp32, report)
+    row, path = _choose_encoder(networks[ENCODER], precision, bundle, fp32, scratch, report)
+    fields["components"][ENCODER] |= {"precision": row.precision, "parity": row.parity}
+    if path:
+        chosen[ENCODER] = path
     for name, path in chosen.items():
         shutil.copyfile(path, bundle.component(name))
     write_manifest(folder, fields)
@@ -129,6 +140,31 @@ def _choose(
     return whole, None
 
 
+def _choose_encoder(
+    graph: Graph, precision: str, bundle: Bundle, fp32: Drawing, scratch: Path, report: Report
+) -> tuple[Row, Path | None]:
+    """As :func:`_choose`, for the network that no drawing calls: it reads the pictures drawn.
+
+    fp16 weights are within the error that fp32 is allowed, so nothing else is tried.
+    """
+    calls = [{"sample": picture.transpose(2, 0, 1)[None]} for picture in fp32.pictures]
+    reference = Reference(graph, calls)
+    path = bundle.component(ENCODER)
+    quantised = scratch / f"{ENCODER}.onnx"
+    to_fp16_weights(path, quantised)
+    rows = []
+    for scheme, file in ((FP32, path), (FP16_WEIGHTS, quantised)):
+        error, milliseconds = reference.relative_error(file), reference.milliseconds(file)
+        rows.append(report.add(ENCODER, scheme, file, milliseconds, {"relative_error": error}))
+    if not rows[0].parity["relative_error"] < MAXIMUM_ERROR:
+        error = rows[0].parity["relative_error"]
+        raise LitappError(f"the exported {ENCODER} is off by {error} from torch, so it is wrong")
+    small = precision == INT8 and rows[1].parity["relative_error"] < MAXIMUM_ERROR
+    row = rows[small]
+    row.kept = True
+    return row, quantised if small else None
+
+
 def _compare(drawing: Drawing, fp32: Drawing, report: Report) -> dict[str, Any]:
     """The pictures of the whole bundle against fp32 at equal seeds, as JSON data."""
     values = [round(psnr(a, b), 2) for a, b in zip(drawing.pictures, fp32.pictures)]
@@ -154,7 +190,7 @@ def _write_companions(source: Source, folder: Path) -> None:
         "_class_name": "TextToImage",
         "scheduler": ["diffusers", source.scheduler.get("_class_name", "DDPMScheduler")],
         "tokenizer": ["tokenizers", "Tokenizer"],
-        **dict.fromkeys(COMPONENTS, runtime),
+        **dict.fromkeys((*COMPONENTS, ENCODER), runtime),
     }
     _write_json(folder / "model_index.json", index)
     if source.readme:

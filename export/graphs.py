@@ -1,4 +1,4 @@
-"""The three networks of a bundle as ONNX graphs with dynamic batch, size and text length."""
+"""The networks of a bundle as ONNX graphs with dynamic batch, size and text length."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.export import Dim
 
 from litapp.export.report import quiet
 from litapp.export.source import Source
+from litapp.manifest import ENCODER
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.lit import LiTTransformer2DModel
 
@@ -82,6 +83,17 @@ class _Decoder(nn.Module):
         return self.autoencoder.decode(self.autoencoder.denormalise(latent_sample))
 
 
+class _Encoder(nn.Module):
+    """Pictures to normalised latents."""
+
+    def __init__(self, autoencoder: SceneAutoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return self.autoencoder.normalise(self.autoencoder.encode(sample))
+
+
 class _PlainAttention:
     """Attention in matrix products alone.
 
@@ -113,7 +125,7 @@ class _PlainAttention:
 def graphs(source: Source) -> dict[str, Graph]:
     """The graph of each component of the bundle."""
     channels, patch = source.transformer.config.in_channels, source.transformer.config.patch_size
-    width = source.text_encoder.bert.config.hidden_size
+    width, reduction = source.text_encoder.bert.config.hidden_size, source.autoencoder.reduction
     mask = torch.ones(2, 7, dtype=torch.int64)
     latents = torch.zeros(2, channels, 3 * patch, 5 * patch)
     text = {0: BATCH, 1: LENGTH}
@@ -147,6 +159,12 @@ def graphs(source: Source) -> dict[str, Graph]:
             {"latent_sample": latents},
             ("sample",),
             ({0: BATCH, 2: HEIGHT, 3: WIDTH},),
+        ),
+        ENCODER: Graph(
+            _Encoder(source.autoencoder),
+            {"sample": torch.zeros(2, 4, 3 * reduction, 5 * reduction)},
+            ("latent_sample",),
+            ({0: BATCH, 2: reduction * HEIGHT, 3: reduction * WIDTH},),
         ),
     }
 

@@ -124,6 +124,17 @@ class Reference:
                 squares[:, i] += np.square(x - y, dtype=np.float64).sum(), np.square(y).sum()
         return float(np.sqrt(squares[0] / np.maximum(squares[1], 1e-30)).max())
 
+    def milliseconds(self, network: Path) -> float:
+        """The median time of one call, after a first one."""
+        run = OnnxNetwork(network, "cpu", self.outputs)
+        run(**self.calls[0])
+        seconds = []
+        for inputs in self.calls:
+            start = time.perf_counter()
+            run(**inputs)
+            seconds.append(time.perf_counter() - start)
+        return 1000 * float(np.median(seconds))
+
 
 def psnr(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     """Peak signal to noise ratio in dB of pictures in [0, 1]; 100 where they are equal."""

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from litapp.concepts import CONCEPTS, read_concepts
 from litapp.errors import LitappError
 from litapp.export.report import quiet
-from litapp.manifest import COMPONENTS, SCHEDULER, read_json
+from litapp.manifest import COMPONENTS, ENCODER, SCHEDULER, read_json
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.lit import LiTTransformer2DModel
 from litapp.models.text_encoder import MAX_LENGTH, TextEncoder, load_text_encoder
@@ -61,8 +61,8 @@ class Source:
             "description": about["description"],
             "source_revision": about["source_revision"],
             "components": {
-                name: {"path": f"{name}/model.onnx", "license": about["licenses"][name]}
-                for name in COMPONENTS
+                name: {"path": f"{name}/model.onnx", "license": about["licenses"][part]}
+                for name, part in [*((n, n) for n in COMPONENTS), (ENCODER, "vae_decoder")]
             },
             "latent": {
                 "channels": self.transformer.config.in_channels,

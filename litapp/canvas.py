@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["CanvasPlan", "fit", "plan_canvas"]
+__all__ = ["CanvasPlan", "cover", "fit", "nearest_shape", "plan_canvas"]
 
 Size = tuple[int, int]
 
@@ -33,6 +33,17 @@ def plan_canvas(width: int, height: int, native: int, multiple: int) -> CanvasPl
     return CanvasPlan(canvas, crop, (width, height))
 
 
+def nearest_shape(width: int, height: int, long_side: int = 1024) -> Size:
+    """The size of a drawing with about the shape of a picture: sides are multiples of 32.
+
+    Args:
+        long_side: pixels of the longer one; the shorter one is 64 at least.
+    """
+    scale = long_side / max(width, height)
+    width, height = (max(64, round(side * scale / 32) * 32) for side in (width, height))
+    return width, height
+
+
 def fit(picture: NDArray[np.float32], plan: CanvasPlan) -> NDArray[np.float32]:
     """Crop and reduce a decoded canvas (H, W, 4), premultiplied, to the size asked for."""
     (canvas_w, canvas_h), (crop_w, crop_h), size = plan
@@ -43,9 +54,32 @@ def fit(picture: NDArray[np.float32], plan: CanvasPlan) -> NDArray[np.float32]:
     return np.stack([_resize(picture[..., i], size) for i in range(picture.shape[-1])], axis=-1)
 
 
-def _resize(channel: NDArray[Any], size: Size) -> NDArray[np.float32]:
+def cover(image: Image.Image, plan: CanvasPlan) -> NDArray[np.float32]:
+    """A picture on the canvas (H, W, 4), premultiplied in [0, 1]: :func:`fit`'s other direction.
+
+    It is enlarged or reduced until it covers the crop, cut to it around its middle, and its edge
+    repeated to the canvas.
+    """
+    straight = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
+    alpha = straight[..., 3:]
+    picture = np.concatenate([straight[..., :3] * alpha, alpha], axis=-1)
+    (canvas_w, canvas_h), (crop_w, crop_h), _ = plan
+    scale = max(crop_w / image.width, crop_h / image.height)
+    width, height = crop_w / scale, crop_h / scale
+    left, top = max(0.0, (image.width - width) / 2), max(0.0, (image.height - height) / 2)
+    box = (left, top, min(left + width, image.width), min(top + height, image.height))
+    channels = [_resize(picture[..., i], (crop_w, crop_h), box) for i in range(4)]
+    picture = np.stack(channels, axis=-1).clip(0, 1)
+    left, top = (canvas_w - crop_w) // 2, (canvas_h - crop_h) // 2
+    edges = ((top, canvas_h - crop_h - top), (left, canvas_w - crop_w - left), (0, 0))
+    return np.pad(picture, edges, mode="edge")
+
+
+def _resize(
+    channel: NDArray[Any], size: Size, box: tuple[float, ...] | None = None
+) -> NDArray[np.float32]:
     image = Image.fromarray(np.ascontiguousarray(channel, dtype=np.float32))
-    return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS, box))
 
 
 def _round_up(side: int, multiple: int) -> int:

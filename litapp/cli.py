@@ -27,6 +27,8 @@ from litapp.cli_training import app as training_app
 from litapp.errors import EXIT_CANCELLED, EXIT_FAILED, EXIT_USAGE, Cancelled, LitappError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from litapp.client import RemoteModel, RemoteStep
     from litapp.pipeline import Picture, TextToImage
     from litapp.samplers import Step
@@ -120,6 +122,12 @@ def generate(
     source: Annotated[
         Path | None, typer.Option("--from", help="Draw a litapp picture again.")
     ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="A picture to start from instead of noise.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="With --init: how much to draw anew, up to 1. [0.35]")
+    ] = None,
     sheet: Annotated[
         Path | None, typer.Option(help="Also write all pictures side by side to this .png file.")
     ] = None,
@@ -141,8 +149,11 @@ def generate(
         "guidance": guidance,
         "seed": seed,
         "model": model,
+        "strength": strength,
     }
     wanted = _recall(source) | {name: v for name, v in given.items() if v is not None}
+    if init is not None:
+        wanted["init"] = _initial(init, server)
     if wanted.get("seed") == -1:
         wanted["seed"] = secrets.randbelow(2**32)
         typer.echo(f"seed {wanted['seed']}", err=True)
@@ -153,6 +164,50 @@ def generate(
     many = named == "-" or batch_count > 1
     draw = _artist(wanted.pop("model", None), device, server, many)
     _draw(draw, prompts, wanted, Output(output, batch_count, many, metadata, as_json, sheet))
+
+
+@app.command()
+def variations(
+    image: Annotated[Path, typer.Argument(help="A picture, by litapp or not.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="What it shows. [the prompt stored in the picture]")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Pictures to draw, with seeds counting up.")] = 4,
+    strength: Annotated[
+        float | None, typer.Option(help="How much to draw anew, above 0 up to 1. [0.35]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first one.")] = 1,
+    model: Annotated[str | None, typer.Option(help="Name or folder of a model.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, directml or coreml.")] = "auto",
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")] = Path(),
+    sheet: Annotated[
+        Path | None, typer.Option(help="Also write all pictures side by side to this .png file.")
+    ] = None,
+) -> None:
+    """Draw pictures like one; prints their paths."""
+    from litapp.canvas import nearest_shape
+    from litapp.images import load_picture, read_parameters
+
+    picture = load_picture(image)
+    if prompt is None:
+        try:
+            prompt = str(read_parameters(image)["prompt"])
+        except (LitappError, KeyError) as error:
+            raise LitappError(f"{image} tells no prompt; say it with --prompt") from error
+    width, height = nearest_shape(*picture.size)
+    generate(
+        prompt=prompt,
+        width=width,
+        height=height,
+        seed=seed,
+        batch_count=count,
+        model=model,
+        device=device,
+        output=output,
+        init=image,
+        strength=strength,
+        sheet=sheet,
+    )
 
 
 class Output(NamedTuple):
@@ -202,7 +257,20 @@ def _recall(source: Path | None) -> dict[str, Any]:
 
     names = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "seed", "model")
     stored = read_parameters(source)
+    if "init" in stored:
+        raise LitappError(
+            f"{source} was drawn from another picture; give that one with --init, without --from"
+        )
     return {name: stored[name] for name in names if name in stored}
+
+
+def _initial(path: Path, server: bool) -> Image.Image:
+    """The picture to start from."""
+    if server:
+        raise LitappError("--init works without --server: a server knows its own pictures only", 2)
+    from litapp.images import load_picture
+
+    return load_picture(path)
 
 
 def _draw(
@@ -247,6 +315,10 @@ def _check(
     from litapp.pipeline import TextToImage
 
     if isinstance(draw, TextToImage):
+        init, strength = wanted.get("init"), wanted.get("strength")
+        strength = draw.strength_from(init is not None, strength)
+        wanted = {**wanted, "strength": strength}
+        wanted.pop("init", None)
         draw.request(prompt, seed=seed, **wanted)
         draw.request(prompt, seed=seed + count - 1, **wanted)
 

@@ -9,13 +9,13 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from litapp.errors import LitappError
 
@@ -24,6 +24,7 @@ __all__ = [
     "contact_sheet",
     "ensure_writable",
     "fresh_path",
+    "load_picture",
     "read_parameters",
     "save_png",
     "snap_alpha",
@@ -112,17 +113,31 @@ def save_png(image: Image.Image, path: Path, parameters: Mapping[str, Any] | Non
         raise LitappError(f"cannot write {path}: {error.strerror}") from error
 
 
-def read_parameters(path: Path | BinaryIO) -> dict[str, Any]:
-    """The parameters a picture was drawn with. Raises LitappError where it holds none."""
+@contextlib.contextmanager
+def _opened(path: Path | BinaryIO) -> Iterator[Image.Image]:
+    """A picture file; what is wrong with it is told in one line."""
     name = path if isinstance(path, Path) else "the file"
     try:
         with Image.open(path) as image:
-            text = image.info.get("litapp")
+            yield image
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise LitappError(f"{name} is not a picture litapp can read") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise LitappError(f"cannot read {name}: {reason}") from error
+
+
+def load_picture(path: Path) -> Image.Image:
+    """A picture of any format Pillow reads, upright, as RGBA; raises LitappError."""
+    with _opened(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGBA")
+
+
+def read_parameters(path: Path | BinaryIO) -> dict[str, Any]:
+    """The parameters a picture was drawn with. Raises LitappError where it holds none."""
+    name = path if isinstance(path, Path) else "the file"
+    with _opened(path) as image:
+        text = image.info.get("litapp")
     try:
         parameters = json.loads(text) if text else None
     except (TypeError, ValueError, RecursionError):

@@ -13,6 +13,7 @@ from litapp.errors import LitappError
 
 __all__ = [
     "COMPONENTS",
+    "ENCODER",
     "MANIFEST",
     "SCHEDULER",
     "SCHEMA_VERSION",
@@ -29,6 +30,8 @@ MANIFEST = "litapp.json"
 TOKENIZER = "tokenizer/tokenizer.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 COMPONENTS = ("text_encoder", "transformer", "vae_decoder")
+# A bundle without it draws, but not from a picture.
+ENCODER = "vae_encoder"
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,8 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"preview is not of {manifest.channels + 1} rows of 4 numbers")
         if not all(math.isfinite(value) for row in rows for value in row):
             raise ValueError("preview holds NaN or infinite values")
-    needed = [TOKENIZER, SCHEDULER, *(manifest.components[name].path for name in COMPONENTS)]
+    networks = [*COMPONENTS, *({ENCODER} & set(manifest.components))]
+    needed = [TOKENIZER, SCHEDULER, *(manifest.components[name].path for name in networks)]
     for relative in needed:
         if relative not in manifest.files:
             raise ValueError(f"it does not list {relative}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ from PIL import Image
 
 from litapp import __version__
 from litapp.bundle import Bundle, load
-from litapp.canvas import CanvasPlan, fit, plan_canvas
+from litapp.canvas import CanvasPlan, cover, fit, plan_canvas
 from litapp.engines import OnnxNetwork, providers_for
-from litapp.errors import Cancelled, LitappError
+from litapp.errors import EXIT_USAGE, Cancelled, LitappError
 from litapp.images import save_png, snap_alpha, to_image
+from litapp.manifest import ENCODER
 from litapp.preview import preview_image
 from litapp.request import Request
 from litapp.samplers import SAMPLERS, NoiseSchedule, Step
@@ -27,6 +29,7 @@ from litapp.text import tokenize
 __all__ = ["DEFAULT_MODEL", "CanvasPlan", "Picture", "TextToImage", "plan_canvas"]
 
 DEFAULT_MODEL = "lit-scenes-1k"
+DEFAULT_STRENGTH = 0.35
 
 Floats = NDArray[np.float32]
 
@@ -103,6 +106,7 @@ class TextToImage:
         guidance: float | None = None,
         seed: int = 0,
         negative_prompt: str = "",
+        strength: float = 1.0,
     ) -> Request:
         """Check what is asked for and fill in the bundle's defaults, without drawing.
 
@@ -117,7 +121,26 @@ class TextToImage:
             guidance=self.bundle.manifest.guidance if guidance is None else guidance,
             seed=seed,
             negative_prompt=negative_prompt,
+            strength=strength,
         )
+
+    def strength_from(self, picture: bool, strength: float | None) -> float:
+        """How much to draw anew: all of it, or what is asked for where a picture is given.
+
+        Raises:
+            LitappError: a strength without a picture, or a picture that the bundle cannot read.
+        """
+        if not picture:
+            if strength is not None:
+                raise LitappError("strength needs a picture to start from", EXIT_USAGE)
+            return 1.0
+        if ENCODER not in self.bundle.manifest.components:
+            raise LitappError(
+                f"model {self.bundle.manifest.name} cannot start from a picture: it has no"
+                f" {ENCODER}; export it again",
+                EXIT_USAGE,
+            )
+        return DEFAULT_STRENGTH if strength is None else strength
 
     def __call__(
         self,
@@ -129,6 +152,8 @@ class TextToImage:
         guidance: float | None = None,
         seed: int = 0,
         negative_prompt: str = "",
+        init: Image.Image | None = None,
+        strength: float | None = None,
         on_step: Callable[[Step], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Picture:
@@ -136,11 +161,15 @@ class TextToImage:
 
         Args:
             prompt, width, height, steps, guidance, seed, negative_prompt: as for :meth:`request`.
+            init: a picture to start from instead of noise (SDEdit, arXiv 2108.01073): it is cut to
+                the shape asked for, and noised as far as ``strength`` says.
+            strength: with ``init``, the share of the steps that are drawn, 0.35 if not given.
             on_step: called after each denoising step.
             should_stop: asked before each phase and after each step.
 
         Raises:
-            LitappError: an argument is out of range, or a network failed or returned NaN.
+            LitappError: an argument is out of range, the bundle cannot read pictures, or a network
+                failed or returned NaN.
             Cancelled: ``should_stop`` said so.
         """
         request = self.request(
@@ -151,6 +180,7 @@ class TextToImage:
             guidance=guidance,
             seed=seed,
             negative_prompt=negative_prompt,
+            strength=self.strength_from(init is not None, strength),
         )
         manifest = self.bundle.manifest
         plan = plan_canvas(width, height, manifest.native, manifest.multiple)
@@ -159,10 +189,15 @@ class TextToImage:
         with _phase("encode", seconds, should_stop):
             text = self._encode(request)
         with _phase("denoise", seconds, should_stop):
-            latents = self._denoise(text, request, plan, on_step, should_stop)
+            start = None if init is None else self._latents(init, plan)
+            latents = self._denoise(text, request, plan, start, on_step, should_stop)
         with _phase("decode", seconds, should_stop):
             image = to_image(fit(self._decode(latents, plan), plan))
-        return Picture(image, self._parameters(request), seconds)
+        parameters = self._parameters(request)
+        if init is not None:
+            digest = hashlib.sha256(init.convert("RGBA").tobytes()).hexdigest()
+            parameters |= {"strength": request.strength, "init": digest}
+        return Picture(image, parameters, seconds)
 
     def preview(self, step: Step, width: int, height: int) -> Image.Image | None:
         """A small blurred picture of what a step sees, or None where the bundle has no ``preview``.
@@ -175,6 +210,14 @@ class TextToImage:
             return None
         plan = plan_canvas(width, height, manifest.native, manifest.multiple)
         return preview_image(step.x0[0], manifest.preview, plan)
+
+    def _latents(self, init: Image.Image, plan: CanvasPlan) -> Floats:
+        """(1, C, h, w) normalised latents of a picture."""
+        manifest = self.bundle.manifest
+        sample = cover(init, plan).transpose(2, 0, 1)[None]
+        (latents,) = self._network(ENCODER, "latent_sample")(sample=np.ascontiguousarray(sample))
+        width, height = (side // manifest.reduction for side in plan.canvas)
+        return _checked(latents, (1, manifest.channels, height, width), "encoder")
 
     def _network(self, component: str, *outputs: str) -> OnnxNetwork:
         kept = {} if self._resident is None else self._resident
@@ -201,10 +244,15 @@ class TextToImage:
         text: dict[str, NDArray[Any]],
         request: Request,
         plan: CanvasPlan,
+        start: Floats | None,
         on_step: Callable[[Step], None] | None,
         should_stop: Callable[[], bool] | None,
     ) -> Floats:
-        """Latents (1, C, h, w) from noise, with classifier-free guidance (arXiv 2207.12598)."""
+        """Latents (1, C, h, w) from noise, with classifier-free guidance (arXiv 2207.12598).
+
+        Args:
+            start: latents to noise and start from, or None for noise alone.
+        """
         manifest = self.bundle.manifest
         network = self._network("transformer", "sample")
         batch = len(text["pooled_projections"])
@@ -234,6 +282,10 @@ class TextToImage:
         rng = np.random.Generator(np.random.PCG64(request.seed))
         noise = rng.standard_normal((1, manifest.channels, height, width), dtype=np.float32)
         timesteps = self._schedule.timesteps(request.steps)
+        if start is not None:
+            timesteps = timesteps[-request.drawn_steps :]
+            alpha, sigma = self._schedule.alpha_sigma(timesteps[0])
+            noise = np.float32(alpha) * start + np.float32(sigma) * noise
         return SAMPLERS[manifest.sampler](
             model,
             noise,

@@ -26,6 +26,7 @@ class Request:
         steps: 1 to 1000 denoising steps.
         guidance: 1 (the prompt alone) to 30.
         seed: 0 to 2^63 - 1.
+        strength: above 0 to 1, how much of a picture to start from is drawn anew.
 
     Raises:
         LitappError: a value is out of its range; the message names the range.
@@ -38,6 +39,12 @@ class Request:
     guidance: float
     seed: int
     negative_prompt: str = ""
+    strength: float = 1.0
+
+    @property
+    def drawn_steps(self) -> int:
+        """The steps that ``strength`` leaves, the last ones: at least one."""
+        return math.ceil(self.strength * self.steps)
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -56,6 +63,8 @@ class Request:
             raise _refusal(f"guidance must be from 1 to {MAX_GUIDANCE:g}, not {self.guidance}")
         if not (_is_int(self.seed) and 0 <= self.seed <= MAX_SEED):
             raise _refusal(f"seed must be from 0 to {MAX_SEED}, not {self.seed}")
+        if not (_is_number(self.strength) and 0 < self.strength <= 1):
+            raise _refusal(f"strength must be above 0 and at most 1, not {self.strength}")
 
 
 def _check_text(name: str, text: str) -> None:

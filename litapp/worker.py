@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from PIL import Image
+
 from litapp.errors import EXIT_USAGE, Cancelled, LitappError
 from litapp.history import History
+from litapp.images import load_picture
 from litapp.memory import give_back
 from litapp.pipeline import TextToImage
 from litapp.request import MAX_SEED, MIN_SIDE, Request
@@ -43,6 +46,7 @@ class Job:
         id: 16 hexadecimal digits.
         request: the first picture; the seeds of the others count up from its seed.
         count: pictures to draw.
+        init: history id of the picture they start from; empty for none.
         state: ``queued``, ``running``, ``done``, ``cancelled`` or ``failed``.
         step: finished steps of the picture being drawn, of ``request.steps``.
         eta: seconds until the job is done, None while that is not known.
@@ -54,6 +58,7 @@ class Job:
     id: str
     request: Request
     count: int = 1
+    init: str = ""
     state: str = QUEUED
     step: int = 0
     eta: float | None = None
@@ -92,7 +97,14 @@ class Worker:
         self._thread.start()
 
     def submit(
-        self, prompt: str, *, seed: int | None = None, count: int = 1, **options: Any
+        self,
+        prompt: str,
+        *,
+        seed: int | None = None,
+        count: int = 1,
+        init: str | None = None,
+        strength: float | None = None,
+        **options: Any,
     ) -> Job:
         """Put a job at the end of the queue.
 
@@ -100,6 +112,8 @@ class Worker:
             prompt, options: as for :meth:`litapp.pipeline.TextToImage.request`.
             seed: None takes a random one.
             count: 1 to ``MAX_COUNT`` pictures.
+            init, strength: history id of a picture to start from, and how much to draw anew; see
+                :class:`litapp.pipeline.TextToImage`.
 
         Raises:
             LitappError: something is out of its range.
@@ -108,10 +122,13 @@ class Worker:
         if not 1 <= count <= MAX_COUNT:
             raise LitappError(f"count must be from 1 to {MAX_COUNT}, not {count}", EXIT_USAGE)
         seed = secrets.randbelow(2**32) if seed is None else seed
-        request = self.model.request(prompt, seed=seed, **options)
+        strength = self.model.strength_from(init is not None, strength)
+        request = self.model.request(prompt, seed=seed, strength=strength, **options)
+        if init is not None and self.history.get(init) is None:
+            raise LitappError(f"there is no picture {init} to start from", EXIT_USAGE)
         if seed + count - 1 > MAX_SEED:
             raise LitappError(f"seed must be from 0 to {MAX_SEED - count + 1}", EXIT_USAGE)
-        job = Job(secrets.token_hex(8), request, count)
+        job = Job(secrets.token_hex(8), request, count, init or "")
         with self._changed:
             if sum(not other.finished for other in self._jobs.values()) >= MAX_QUEUE:
                 raise QueueFull(f"{MAX_QUEUE} jobs wait already; try again when some are done")
@@ -229,6 +246,8 @@ class Worker:
             "guidance": request.guidance,
             "negative_prompt": request.negative_prompt,
         }
+        if job.init:
+            options |= {"init": self._picture(job.init), "strength": request.strength}
         for i in range(job.count):
             start = time.perf_counter()
             picture = self.model(
@@ -244,6 +263,12 @@ class Worker:
             self._tail = time.perf_counter() - start - picture.seconds["denoise"]
             done = self.job(job.id).pictures
             self._update(job.id, pictures=(*done, entry.id), preview=None)
+
+    def _picture(self, key: str) -> Image.Image:
+        entry = self.history.get(key)
+        if entry is None:
+            raise LitappError("the picture to start from was deleted")
+        return load_picture(entry.path)
 
     def _follow(self, job: Job, index: int) -> Callable[[Step], None]:
         request, left = job.request, job.count - index

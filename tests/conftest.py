@@ -57,6 +57,15 @@ vae_decoder (float[B,4,h,w] latent_sample) => (float[B,4,H,W] sample)
 }
 """
 
+# The mean of a patch, as far as the first latent channels go: enough to tell pictures apart.
+VAE_ENCODER = """
+<ir_version: 10, opset_import: ["" : 20]>
+vae_encoder (float[B,4,H,W] sample) => (float[B,4,h,w] latent_sample)
+{
+    latent_sample = AveragePool<kernel_shape = [32, 32], strides = [32, 32]>(sample)
+}
+"""
+
 MANIFEST = {
     "name": "tiny",
     "description": "networks made for the tests",
@@ -140,6 +149,17 @@ def built_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(built_bundle: Path, tmp_path: Path) -> Path:
     """The folder of a bundle that a test may damage."""
     return Path(shutil.copytree(built_bundle, tmp_path / "tiny"))
+
+
+@pytest.fixture
+def reading(tiny: Path) -> Path:
+    """The tiny bundle with an encoder, so that it can start from a picture."""
+    from litapp.bundle import write_manifest
+
+    save_network(tiny / "vae_encoder/model.onnx", VAE_ENCODER)
+    encoder = {"vae_encoder": {"path": "vae_encoder/model.onnx"}}
+    write_manifest(tiny, {**MANIFEST, "components": {**MANIFEST["components"], **encoder}})
+    return tiny
 
 
 @pytest.fixture

@@ -82,6 +82,28 @@ def test_delete_stops_a_job(client: TestClient, worker: Worker) -> None:
     assert states == ["cancelled", "cancelled"]
 
 
+def test_variations_of_a_picture_in_the_history(reading: Path) -> None:
+    worker = Worker(TextToImage.load(reading, resident=True), History())
+    with TestClient(create_app(worker), base_url=BASE) as client:
+        assert client.get("/api/v1/model").json()["variations"]
+        first = drawn(client, worker, seed=3)["pictures"][0]
+        job = drawn(client, worker, init=first, strength=0.5, steps=4, count=2)
+        assert (job["state"], job["init"], job["step"], job["steps"]) == ("done", first, 2, 2)
+        picture = client.get(f"/api/v1/pictures/{job['pictures'][1]}").json()
+        assert picture["parameters"]["strength"] == 0.5
+        order = {"prompt": "a cat", **SMALL, "init": "0" * 16}
+        answer = client.post("/api/v1/generate", json=order)
+        assert (answer.status_code, "no picture" in answer.json()["detail"]) == (422, True)
+    worker.close()
+
+
+def test_a_model_without_an_encoder_has_no_variations(client: TestClient, worker: Worker) -> None:
+    assert not client.get("/api/v1/model").json()["variations"]
+    order = {"prompt": "a cat", **SMALL, "init": drawn(client, worker)["pictures"][0]}
+    answer = client.post("/api/v1/generate", json=order)
+    assert (answer.status_code, "cannot start" in answer.json()["detail"]) == (422, True)
+
+
 def test_the_history_is_searched_paged_and_deleted(client: TestClient, worker: Worker) -> None:
     keys = [
         drawn(client, worker, prompt=prompt)["pictures"][0] for prompt in ("a cat", "a red cat")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from litapp.canvas import CanvasPlan, fit, plan_canvas
+from litapp.canvas import CanvasPlan, cover, fit, nearest_shape, plan_canvas
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,21 @@ def test_reducing_keeps_premultiplied_colour_free_of_fringes() -> None:
     assert small.shape == (16, 16, 4)
     np.testing.assert_allclose(small[..., 0], small[..., 3], atol=1e-6)
     np.testing.assert_allclose(small[..., 1:3], 0, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_a_picture_covers_the_crop_without_being_stretched(width: int, height: int) -> None:
+    plan = plan_canvas(160, 96, native=160, multiple=64)
+    picture = Image.new("RGBA", (width, height), (255, 0, 0, 255))
+    covered = cover(picture, plan)
+    assert covered.shape == (plan.canvas[1], plan.canvas[0], 4)
+    np.testing.assert_allclose(covered, np.broadcast_to([1, 0, 0, 1], covered.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [((4000, 3000), (1024, 768)), ((100, 100), (1024, 1024)), ((10, 9000), (64, 1024))],
+)
+def test_the_nearest_shape_is_one_that_can_be_drawn(size: tuple, shape: tuple) -> None:
+    assert nearest_shape(*size) == shape

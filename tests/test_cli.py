@@ -210,6 +210,34 @@ def test_parameters_of_the_wrong_kind_are_refused(generate: Generate, tmp_path: 
         assert_one_line(generate("--from", str(path)), 2, next(iter(bad)))
 
 
+def test_variations_start_from_the_picture_and_its_prompt(
+    generate: Generate, reading: Path
+) -> None:
+    first = generate("a red cat", "--width", "256", "--height", "128").stdout.strip()
+    arguments = ["variations", first, "--count", "2", "--strength", "0.5", "--model", str(reading)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    paths = result.stdout.split()
+    assert len(paths) == 2 and not np.array_equal(*map(pixels, paths))
+    stored = read_parameters(Path(paths[1]))
+    assert (stored["prompt"], stored["strength"], stored["seed"]) == ("a red cat", 0.5, 2)
+    assert (stored["width"], stored["height"]) == (1024, 512)
+    again = generate("--from", paths[1])
+    assert again.exit_code == 1 and "give that one with --init" in again.stderr
+
+
+def test_a_picture_to_start_from_is_checked_before_drawing(
+    generate: Generate, tiny: Path, tmp_path: Path
+) -> None:
+    assert_one_line(generate("a cat", "--init", "none.png"), 1, "cannot read none.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    plain = str(tmp_path / "plain.png")
+    assert_one_line(generate("a cat", "--init", plain), 2, "cannot start from a picture")
+    assert_one_line(generate("a cat", "--strength", "0.5"), 2, "strength needs a picture")
+    told = CliRunner().invoke(app, ["variations", plain, "--model", str(tiny)])
+    assert_one_line(told, 1, "tells no prompt; say it with --prompt")
+
+
 def test_info_prints_the_parameters(generate: Generate) -> None:
     generate("a cat", "--res", "64", "-o", "x.png")
     result = CliRunner().invoke(app, ["info", "x.png"])

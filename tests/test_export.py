@@ -22,7 +22,7 @@ from litapp.errors import LitappError
 from litapp.export.graphs import Graph, graphs, save_graph
 from litapp.export.quantise import QUANTISERS, SCHEMES
 from litapp.export.source import Source, load_source
-from litapp.manifest import COMPONENTS
+from litapp.manifest import COMPONENTS, ENCODER
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.lit import LiTTransformer2DModel
 from litapp.models.text_encoder import TextEncoder, load_text_encoder
@@ -107,8 +107,8 @@ def save_model(root: Path, **changes: Any) -> Path:
     transformer.initialise()
     autoencoder = SceneAutoencoder(
         latent_channels=CHANNELS,
-        encoder_widths=(16, 16, 16),
-        encoder_blocks=(1, 1, 1),
+        encoder_widths=(16, 16, 16, 16),
+        encoder_blocks=(1, 1, 1, 1),
         decoder_widths=(32, 32, 32, 16),
         decoder_blocks=(1, 1, 1, 1),
         latents_mean=[0.5, -0.5, 0.25, 0.0],
@@ -171,6 +171,8 @@ def inputs_of(component: str, size: tuple[int, int, int, int]) -> dict[str, np.n
         return {"input_ids": rng.integers(0, 256, (batch, length)), "attention_mask": mask}
     if component == "vae_decoder":
         return {"latent_sample": latents}
+    if component == ENCODER:
+        return {"sample": rng.random((batch, 4, 64 * height, 64 * width), dtype=np.float32)}
     return {
         "hidden_states": latents,
         "timestep": rng.uniform(0, 999, batch).astype(np.float32),
@@ -192,7 +194,7 @@ def error(path: Path, graph: Graph, inputs: dict[str, np.ndarray]) -> float:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", [*COMPONENTS, ENCODER])
 def test_graphs_compute_what_torch_computes(
     fp32: Path, source: Source, component: str, size: tuple[int, int, int, int]
 ) -> None:
@@ -251,10 +253,16 @@ def test_an_int8_bundle_draws(
         component = found.manifest.components[name]
         assert component.precision in SCHEMES[name]
         assert component.parity["image_psnr"] >= 35
+    assert found.manifest.components[ENCODER].precision == "fp16-weights"
+    assert found.manifest.components[ENCODER].parity["relative_error"] < 1e-3
     parity = json.loads((output / "litapp.json").read_text())["parity"]
     assert len(parity["images"]) == 6 and parity["mean_psnr"] > 30
     image = TextToImage.load(output)("a red apple", width=256, height=128, seed=1).image
     assert image.size == (256, 128) and len(set(image.convert("L").tobytes())) > 8
+    again = TextToImage.load(output)(
+        "a red apple", width=256, height=128, init=image, strength=0.01
+    )
+    assert again.image.size == (256, 128)
     assert [path.name for path in output.parent.iterdir()] == ["tiny"]
 
 
@@ -280,7 +288,7 @@ def test_networks_that_draw_otherwise_are_not_kept(
         monkeypatch.setitem(QUANTISERS, scheme, spoil)
     export.main("onnx", model, "int8", tmp_path / "out")
     components = bundle.load(tmp_path / "out").manifest.components
-    assert {component.precision for component in components.values()} == {"fp32"}
+    assert {components[name].precision for name in COMPONENTS} == {"fp32"}
 
 
 def test_a_failure_leaves_the_old_bundle_alone(

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from litapp import Cancelled, LitappError, TextToImage
+from litapp.canvas import plan_canvas
 from litapp.errors import EXIT_USAGE
 from litapp.samplers import Step
 
@@ -256,3 +257,43 @@ def test_a_device_that_is_not_installed_is_told(tiny: Path) -> None:
     missing = next(name for name in DEVICES[1:] if name not in available_devices())
     with pytest.raises(LitappError, match=f"no {missing} support"):
         TextToImage.load(tiny, device=missing)
+
+
+RED, BLUE = (Image.new("RGB", (90, 60), colour) for colour in ("red", "blue"))
+
+
+def test_a_picture_to_start_from_is_noised_to_the_first_step_drawn(reading: Path) -> None:
+    model = TextToImage.load(reading)
+    seen: list[Step] = []
+    picture = model("a cat", **SMALL, steps=8, init=RED, strength=0.3, on_step=seen.append)
+    assert [step.total for step in seen] == [3, 3, 3]
+    assert seen[0].timestep == model._schedule.timesteps(8)[5]
+    assert picture.parameters["strength"] == 0.3
+    again = model("a cat", **SMALL, steps=8, init=RED, strength=0.3)
+    assert np.array_equal(pixels(picture.image), pixels(again.image))
+    other = model("a cat", **SMALL, steps=8, init=BLUE, strength=0.3)
+    assert not np.array_equal(pixels(picture.image), pixels(other.image))
+    assert picture.parameters["init"] != other.parameters["init"]
+
+
+def test_the_networks_see_the_premultiplied_middle_of_the_picture(reading: Path) -> None:
+    model = TextToImage.load(reading)
+    picture = Image.new("RGBA", (300, 100), (255, 255, 255, 255))
+    picture.paste((255, 0, 0, 128), (100, 0, 200, 100))
+    latents = model._latents(picture, plan_canvas(128, 128, native=128, multiple=64))
+    expected = np.array([128 / 255, 0, 0, 128 / 255], np.float32)
+    wanted = expected[:, None, None] + np.zeros((2, 2))
+    np.testing.assert_allclose(latents[0, :, 1:3, 1:3], wanted, atol=1e-5)
+
+
+def test_starting_from_a_picture_needs_an_encoder_and_a_sane_strength(
+    draw: TextToImage, reading: Path
+) -> None:
+    with pytest.raises(LitappError, match="cannot start from a picture") as refused:
+        draw("a cat", **SMALL, init=RED)
+    assert refused.value.exit_code == EXIT_USAGE
+    model = TextToImage.load(reading)
+    with pytest.raises(LitappError, match="strength must be above 0"):
+        model("a cat", **SMALL, init=RED, strength=0.0)
+    with pytest.raises(LitappError, match="strength needs a picture"):
+        model("a cat", **SMALL, strength=0.5)

@@ -17,6 +17,7 @@ from litapp import __version__
 from litapp.errors import LitappError
 from litapp.history import Entry
 from litapp.images import read_parameters
+from litapp.manifest import ENCODER
 from litapp.server.guard import READ_PATH, LoopbackOnly
 from litapp.server.reference import reference_page
 from litapp.server.schemas import Generate, Jobs, JobState, Model, Picture, Pictures, Problem
@@ -95,6 +96,7 @@ def _add_job_routes(app: FastAPI, worker: Worker) -> None:
             guidance=manifest.guidance,
             native=manifest.native,
             previews=manifest.preview is not None,
+            variations=ENCODER in manifest.components,
             version=__version__,
         )
 

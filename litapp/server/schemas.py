@@ -29,6 +29,12 @@ class Generate(BaseModel):
     )
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Random where left out.")
     count: int = Field(1, ge=1, le=MAX_COUNT, description="Pictures; their seeds count up.")
+    init: str | None = Field(
+        None, pattern="^[0-9a-f]{16}$", description="Id of a picture in the history to start from."
+    )
+    strength: float | None = Field(
+        None, gt=0, le=1, description="With init: how much of it is drawn anew."
+    )
 
 
 class Picture(BaseModel):
@@ -73,6 +79,8 @@ class JobState(BaseModel):
     guidance: float
     seed: int
     count: int
+    init: str = Field(description="Id of the picture it starts from; empty for none.")
+    strength: float
     step: int = Field(description="Finished steps of the picture being drawn.")
     steps: int
     eta_seconds: float | None = Field(description="Until the job is done; null if not known.")
@@ -93,8 +101,10 @@ class JobState(BaseModel):
             guidance=request.guidance,
             seed=request.seed,
             count=job.count,
+            init=job.init,
+            strength=request.strength,
             step=job.step,
-            steps=request.steps,
+            steps=request.drawn_steps,
             eta_seconds=job.eta,
             preview=preview and f"data:image/webp;base64,{base64.b64encode(preview).decode()}",
             pictures=list(job.pictures),
@@ -118,6 +128,7 @@ class Model(BaseModel):
     guidance: float
     native: int = Field(description="Pixels of the long side it was trained at.")
     previews: bool
+    variations: bool = Field(description="Whether it can start from a picture.")
     version: str = Field(description="Of litapp.")
 
 

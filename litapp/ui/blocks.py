@@ -26,6 +26,7 @@ __all__ = ["STATIC", "build_blocks", "theme"]
 
 STATIC = Path(__file__).parent / "static"
 MAX_PICTURES, MAX_UI_STEPS, MAX_UI_GUIDANCE = 16, 100, 12
+VARIATIONS = 4
 # Further than any screen is wide, and JavaScript's numbers are exact up to here.
 MAX_UI_SEED = min(MAX_SEED, 2**53 - 1)
 
@@ -194,7 +195,11 @@ def _connect(
         if parameters is not None:
             names = ("prompt", "negative_prompt", "width", "height", "steps", "guidance")
             wanted = {name: parameters[name] for name in names if name in parameters}
-            _submit(worker, {**wanted, "seed": secrets.randbelow(2**32)}, 1)
+            wanted["seed"] = secrets.randbelow(2**32)
+            if getattr(event, "vary", False):
+                _submit(worker, {**wanted, "init": str(event.id)}, VARIATIONS)
+            else:
+                _submit(worker, wanted, 1)
         return gr.Tabs(selected="create")
 
     def show_folder(event: gr.EventData) -> None:

@@ -48,6 +48,15 @@ window.litapp ??= (() => {
     return make("button", { type: "button", className: `quiet ${kind}`, textContent: text, onclick });
   }
 
+  // Only a model with an encoder can start from a picture.
+  let drawsFromPictures = null;
+  function variations(node) {
+    node.hidden = true;
+    drawsFromPictures ??= call("GET", "/api/v1/model").then((model) => model.variations, () => false);
+    drawsFromPictures.then((can) => { node.hidden = !can; });
+    return node;
+  }
+
   const busy = (job) => job.state === "running" || job.state === "queued";
 
   function duration(seconds) {
@@ -92,6 +101,7 @@ window.litapp ??= (() => {
     const facts = make("p", { className: "facts" });
     const save = make("a", { className: "quiet", textContent: "Save", download: "" });
     const actions = make("div", { className: "actions" }, save,
+      variations(button("Variations", () => shown && trigger("retry", { id: shown.id, vary: true }))),
       button("Another seed", () => shown && trigger("retry", { id: shown.id })),
       button("Use these settings", () => shown && trigger("select", { id: shown.id })));
     const caption = make("div", { className: "caption", hidden: true }, make("div", {}, words, facts), actions);
@@ -282,7 +292,7 @@ window.litapp ??= (() => {
     }
 
     function open(picture) {
-      const act = (name) => () => { dialog.close(); trigger(name, { id: picture.id }); };
+      const act = (name, more = {}) => () => { dialog.close(); trigger(name, { id: picture.id, ...more }); };
       const erase = button("Delete", async () => {
         if (erase.textContent === "Delete") { erase.textContent = "Delete for good?"; return; }
         await call("DELETE", `/api/v1/pictures/${picture.id}`).catch(() => {});
@@ -303,6 +313,7 @@ window.litapp ??= (() => {
           make("div", { className: "actions" },
             button("Use these settings", act("select"), "main"),
             button("Again with another seed", act("retry")),
+            variations(button("Variations", act("retry", { vary: true }))),
             save, button("Open folder", () => trigger("expand", { id: picture.id })), erase),
           button("Close", () => dialog.close(), "close")));
       dialog.showModal();
