@@ -438,6 +438,29 @@ def doctor() -> None:
         typer.echo(f"{name + ':':<15}{value}")
 
 
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Name or folder of a model.")] = "lit-scenes-1k",
+    res: Annotated[
+        list[int], typer.Option(help="Width and height in pixels; may be given several times.")
+    ] = [256, 512, 1024],  # noqa: B006
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. [the model's]")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Pictures of each size.")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, directml or coreml.")] = "auto",
+) -> None:
+    """Time a model on this computer: prints one row of a table."""
+    from litapp.bench import measure, peak_memory, table
+    from litapp.doctor import report
+    from litapp.pipeline import TextToImage
+
+    drawn = TextToImage.load(model, device, resident=True)
+    timings = measure(drawn, [(side, side) for side in res], steps=steps, rounds=rounds)
+    machine = report()
+    for name in ("litapp", "processor", "ONNX Runtime"):
+        typer.echo(f"{name + ':':<15}{machine[name]}", err=True)
+    typer.echo("\n".join(table(drawn.bundle.manifest.name, timings, peak_memory())))
+
+
 @models_app.command("list")
 def list_models() -> None:
     """Print name, size and folder of each installed model."""
