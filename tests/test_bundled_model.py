@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
+import litapp
 from litapp import TextToImage
 from litapp.bundle import Bundle, load, verify
 
@@ -83,3 +88,23 @@ def test_draws_the_size_asked_for(model: TextToImage, size: tuple[int, int]) -> 
 def test_guidance_one_runs_without_the_negative_prompt(model: TextToImage) -> None:
     picture = model("a star", guidance=1.0, steps=2, width=128, height=128)
     assert np.asarray(picture.image).std() > 0
+
+
+def test_a_readers_own_code_draws_the_same_picture(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of ``docs/bundle.md`` is DDIM without guidance, from the same noise as ours."""
+    root = Path(litapp.__file__).resolve().parents[1]
+    page = (root / "docs" / "bundle.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    packaged = "litapp/bundles/lit-scenes-1k"
+    assert packaged in code
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace(packaged, str(bundle.root)), "docs/bundle.md", "exec"), {})
+    with Image.open("apple.png") as image:
+        theirs = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
+    ddim = TextToImage(replace(bundle, manifest=replace(bundle.manifest, sampler="ddim")))
+    picture = ddim("a red apple on a blue background", seed=0, guidance=1.0)
+    ours = np.asarray(picture.image.convert("RGBA"), dtype=np.float32) / 255
+    # Ours has its alpha snapped to 0 or 1 at either end.
+    assert 20 * np.log10(1 / np.sqrt(np.square(ours - theirs).mean())) > 30

@@ -38,16 +38,24 @@ class PredictionConfig:
         model: a training run's ``model`` folder with ``transformer`` and ``scheduler``.
         share: of the latents that are predicted; the others are the encoder's own.
         first: range of the timesteps to which true latents are noised before prediction.
-        steps: DDIM steps from there to the latents that the decoder sees.
+        last: timestep of the prediction that the decoder sees, as the app's sampler ends.
+        steps: DDIM steps from one to the other, two at least.
         window: side in pixels of what is decoded, of a scene drawn whole.
     """
 
     model: str
     share: float = 0.75
     first: tuple[int, int] = (150, 700)
-    steps: int = 3
+    last: int = 49
+    steps: int = 4
     window: int = 512
     text_length: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.last < self.first[0] < self.first[1]:
+            raise ValueError("last and first must rise: last < first[0] < first[1]")
+        if self.steps < 2:
+            raise ValueError("steps must be 2 at least")
 
 
 class Predictor:
@@ -76,12 +84,10 @@ class Predictor:
         """
         text = encode_texts(self.tokenizer, self.encoder, captions, self.config.text_length)
         first = torch.randint(*self.config.first, (len(x0),), generator=generator)
-        x, predicted = (
-            self.diffusion.add_noise(x0, torch.randn(x0.shape, generator=generator), first),
-            x0,
-        )
-        for left in range(self.config.steps, 0, -1):
-            t = first * left // self.config.steps
+        noise, predicted = torch.randn(x0.shape, generator=generator), x0
+        for left in range(self.config.steps - 1, -1, -1):
+            t = self.config.last + (first - self.config.last) * left // (self.config.steps - 1)
+            x = self.diffusion.add_noise(predicted, noise, t)
             out = self.transformer(
                 x,
                 timestep=t,
@@ -93,7 +99,6 @@ class Predictor:
             prediction = out.float().chunk(2, dim=1)[0]
             predicted = self.diffusion.predicted_start(prediction, x, t)
             noise = self.diffusion.predicted_noise(prediction, x, t)
-            x = self.diffusion.add_noise(predicted, noise, first * (left - 1) // self.config.steps)
         chosen = torch.rand(len(x0), 1, 1, 1, generator=generator) < self.config.share
         return torch.where(chosen, predicted, x0)
 

@@ -281,6 +281,16 @@ def test_again_with_another_seed_and_delete(page: Any, server: Server) -> None:
     assert server.call("GET", "/api/v1/pictures")["total"] == total + 1
 
 
+def test_variations_start_from_the_picture_shown(page: Any, server: Server) -> None:
+    key = draw(page, "a balloon on a yellow background")
+    page.locator(".stage").get_by_role("button", name="Variations").click()
+    page.wait_for_function("document.querySelectorAll('.stage .strip img').length === 4")
+    page.wait_for_function("!document.querySelector('.stage').classList.contains('running')")
+    job = server.call("GET", "/api/v1/jobs")["jobs"][-1]
+    assert (job["state"], job["init"], len(job["pictures"])) == ("done", key, 4)
+    shot(page, "variations")
+
+
 DROP = """([name, content]) => {
     const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
     const transfer = new DataTransfer();
