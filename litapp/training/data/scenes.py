@@ -38,6 +38,17 @@ RELATIONS = {
     "above": ("above", "over"),
 }
 NUMBERS = {2: "two", 3: "three", 4: "four"}
+# Where the objects of a scene of one, two, three or four stand, as fractions of the picture, and
+# how large a small one is. In a square picture of 1024 pixels that is 4x4 whole tokens of 128
+# pixels each: a thing looks the same to the transformer at every place, and is learnt once.
+PLACES = {
+    1: ((0.5, 0.5),),
+    2: ((0.25, 0.5), (0.75, 0.5)),
+    3: ((0.5, 0.25), (0.25, 0.75), (0.75, 0.75)),
+    4: ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)),
+}
+STACKED = ((0.5, 0.25), (0.5, 0.75))
+SMALL = 472 / 1024
 
 
 @dataclass(frozen=True)
@@ -132,12 +143,9 @@ def _subject(rng, concepts, mix: Mix, kind: str, style: str) -> tuple[list[Item]
         while first.mass:
             first = _pick(rng, concepts)
         count = int(rng.integers(2, 5))
-        places = {
-            2: [(0.27, 0.5), (0.73, 0.5)],
-            3: [(0.5, 0.28), (0.27, 0.72), (0.73, 0.72)],
-            4: [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)],
-        }[count]
-        items = [Item(first, style, x + jitter() / 2, y + jitter() / 2, 0.42) for x, y in places]
+        items = [
+            Item(first, style, x + jitter() / 2, y + jitter() / 2, SMALL) for x, y in PLACES[count]
+        ]
         return items, _noun(rng, first, count=count)
     paint = kind == "tinted_pair"
     while paint and _names_a_colour(first):
@@ -158,8 +166,8 @@ def _tinted_pair(rng, concepts: tuple[Concept, Concept], style: str, jitter):
     while not all(map(_tintable, concepts, tints)):
         tints = [str(t) for t in rng.choice(list(TINTS), 2, replace=False)]
     items = [
-        Item(concept, style, x + jitter() / 2, 0.5 + jitter() / 2, 0.44, tint)
-        for concept, tint, x in zip(concepts, tints, (0.27, 0.73), strict=True)
+        Item(concept, style, x + jitter() / 2, y + jitter() / 2, SMALL, tint)
+        for concept, tint, (x, y) in zip(concepts, tints, PLACES[2], strict=True)
     ]
     return items, " and ".join(map(lambda c, t: _noun(rng, c, t), concepts, tints))
 
@@ -167,12 +175,9 @@ def _tinted_pair(rng, concepts: tuple[Concept, Concept], style: str, jitter):
 def _pair(rng, first: Concept, second: Concept, style: str, jitter) -> tuple[list[Item], str]:
     """Two objects: ``A and B``, ``A left of B`` or ``A above B``."""
     relation = _pick(rng, ("and", "left", "above"))
-    if relation == "above":
-        places = [(0.5, 0.27), (0.5, 0.74)]
-    else:
-        places = [(0.27, 0.5), (0.73, 0.5)]
+    places = STACKED if relation == "above" else PLACES[2]
     items = [
-        Item(concept, style, x + jitter() / 2, y + jitter() / 2, 0.44)
+        Item(concept, style, x + jitter() / 2, y + jitter() / 2, SMALL)
         for concept, (x, y) in zip((first, second), places, strict=True)
     ]
     words = "and" if relation == "and" else _pick(rng, RELATIONS[relation])

@@ -21,7 +21,17 @@ from PIL import Image
 from litapp.training.data import backgrounds
 from litapp.training.data.art import Concept, SpriteStore, load_concepts
 from litapp.training.data.backgrounds import Background
-from litapp.training.data.scenes import NUMBERS, RELATIONS, TINTS, Item, Scene, held_out
+from litapp.training.data.scenes import (
+    NUMBERS,
+    PLACES,
+    RELATIONS,
+    SMALL,
+    STACKED,
+    TINTS,
+    Item,
+    Scene,
+    held_out,
+)
 from litapp.training.data.words import article, plural
 from litapp.training.evaluation.colours import saturated_share
 from litapp.training.evaluation.segment import pieces
@@ -113,14 +123,8 @@ def ground_truth(
     """
     rng = np.random.default_rng(seed)
     wanted = [w for w in prompt.objects for _ in range(w.count)]
-    places, size = {
-        1: ([(0.5, 0.5)], float(rng.uniform(0.74, 0.92))),
-        2: ([(0.27, 0.5), (0.73, 0.5)], 0.43),
-        3: ([(0.5, 0.28), (0.27, 0.72), (0.73, 0.72)], 0.42),
-        4: ([(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)], 0.42),
-    }[len(wanted)]
-    if prompt.relation == "above":
-        places = [(0.5, 0.27), (0.5, 0.74)]
+    places = STACKED if prompt.relation == "above" else PLACES[len(wanted)]
+    size = SMALL if len(wanted) > 1 else float(rng.uniform(0.74, 0.92))
     jitter = rng.uniform(-0.02, 0.02, (len(places), 2))
     items = tuple(
         Item(concepts[w.icon], style, x + float(dx), y + float(dy), size, w.colour)
