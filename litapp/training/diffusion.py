@@ -60,11 +60,17 @@ class DiffusionConfig:
             raise ValueError(f"prediction_type is {self.prediction_type!r}: use one of {known}")
 
     def timesteps(self, count: int, steps: int, generator: torch.Generator) -> Tensor:
-        """(count,) int64 timesteps in 0..steps-1."""
-        if self.logit_std <= 0:
-            return torch.randint(steps, (count,), generator=generator)
-        normal = torch.randn(count, generator=generator) * self.logit_std + self.logit_mean
-        return (normal.sigmoid() * steps).long().clamp(max=steps - 1)
+        """(count,) int64 timesteps in 0..steps-1, one from each of ``count`` equal quantiles.
+
+        Spread evenly they are the same on average, and less noise in the loss of a small batch
+        (VDM, arXiv 2107.00630, appendix I.1).
+        """
+        order = torch.randperm(count, generator=generator)
+        quantile = (order + torch.rand(count, generator=generator)) / count
+        if self.logit_std > 0:
+            normal = torch.special.ndtri(quantile.double()) * self.logit_std + self.logit_mean
+            quantile = normal.sigmoid()
+        return (quantile * steps).long().clamp(max=steps - 1)
 
     def scheduler(self) -> DDPMScheduler:
         """The schedule as diffusers writes it down; the bundle carries the same file."""

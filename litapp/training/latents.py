@@ -181,8 +181,9 @@ class LatentData:
         while True:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             group = int(torch.multinomial(shares, 1, generator=generator))
+            weights = self.weights[group]
             chosen = torch.multinomial(
-                self.weights[group], size, replacement=True, generator=generator
+                weights, size, replacement=size > len(weights), generator=generator
             )
             rows = self.rows[group][chosen]
             dropped = torch.rand(size, generator=generator) < dropout

@@ -35,6 +35,9 @@ class Muon(torch.optim.Optimizer):
         params: matrices only.
         lr: as for AdamW; the update is scaled by ``0.2 sqrt(max(rows, columns))``
             (arXiv 2502.16982, section 2.2).
+        iterations: of Newton-Schulz. Three bring singular values above a hundredth of the norm
+            near 1, and leave those of the noise below; five are a quarter of a step of the bundled
+            LiT on a CPU.
         dtype: of the orthogonalisation; momentum and weights stay as they are.
     """
 
@@ -44,10 +47,11 @@ class Muon(torch.optim.Optimizer):
         lr: float = 1e-3,
         momentum: float = 0.95,
         weight_decay: float = 0.01,
+        iterations: int = 3,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
+        self.iterations, self.dtype = iterations, dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -61,7 +65,8 @@ class Muon(torch.optim.Optimizer):
                 updates = [self._momentum(p, group["momentum"]) for p in parameters]
                 scale = group["lr"] * 0.2 * max(shape) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                orthogonal = orthogonalise(torch.stack(updates).to(self.dtype)).float()
+                stacked = torch.stack(updates).to(self.dtype)
+                orthogonal = orthogonalise(stacked, self.iterations).float()
                 torch._foreach_add_(parameters, orthogonal.unbind(0), alpha=-scale)
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
