@@ -36,8 +36,8 @@ class Muon(torch.optim.Optimizer):
         lr: as for AdamW; the update is scaled by ``0.2 sqrt(max(rows, columns))``
             (arXiv 2502.16982, section 2.2).
         iterations: of Newton-Schulz. Three bring singular values above a fiftieth of the Frobenius
-            norm between 0.7 and 1.2 and leave smaller ones below; five are a quarter of a step of the bundled
-            LiT on a CPU.
+            norm between 0.7 and 1.2 and leave smaller ones below; five take a fifth of a step of
+            the bundled LiT on a CPU.
         dtype: of the orthogonalisation; momentum and weights stay as they are.
     """
 
