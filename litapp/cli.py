@@ -7,7 +7,6 @@ Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import secrets
 import signal
@@ -73,7 +72,8 @@ def main() -> None:
     # Prompts and paths may hold letters that a console's own encoding lacks.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # Python's handler of last resort writes warnings to the stderr of the moment, which is above
+    # the progress bar while there is one; a configured handler would write into it.
     app(prog_name="litapp")
 
 
@@ -400,7 +400,9 @@ def _preview(draw: TextToImage | RemoteModel, wanted: dict[str, Any]) -> _Previe
     protocol = picture_protocol(sys.stderr)
     if protocol is None:
         return None
-    width, height = wanted.get("width", 1024), wanted.get("height", 1024)
+    # A server is the judge of what it is asked for, and has not been asked yet.
+    sides = (wanted.get(name) for name in ("width", "height"))
+    width, height = (side if isinstance(side, int) and side > 0 else 1024 for side in sides)
     area = PreviewArea(sys.stderr, protocol, width, height)
     return _Preview(area, lambda step: draw.preview(step, width, height))
 
