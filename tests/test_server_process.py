@@ -54,7 +54,7 @@ class App:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, method=method)
         request.add_header("content-type", "application/json")
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.read()
 
     def call(self, method: str, path: str, body: object = None) -> Any:
@@ -82,7 +82,7 @@ class App:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGINT)
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=120)
         return self.process.returncode
 
 
@@ -142,7 +142,7 @@ def test_fifty_requests_of_five_clients_end_in_order_and_memory_stays_flat(app: 
 
 def test_a_second_launch_shows_the_app_that_runs(app: App) -> None:
     second = app.launch("--model", app.model)
-    assert second.communicate(timeout=60)[0] == f"{app.url}\n"
+    assert second.communicate(timeout=120)[0] == f"{app.url}\n"
     assert second.returncode == 0
     assert app.call("GET", "/api/v1/model")["name"] == "tiny"
 
@@ -178,7 +178,7 @@ def test_quit_ends_the_process_and_its_notice(app: App) -> None:
     running = app.generate(prompt="a cat", width=64, height=64, steps=1000, count=60)
     assert (app.home / "server.json").exists()
     app.call("POST", "/api/v1/quit")
-    app.process.communicate(timeout=60)
+    app.process.communicate(timeout=120)
     assert app.process.returncode == 0
     assert not (app.home / "server.json").exists()
     assert len(running) == 16

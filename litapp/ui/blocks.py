@@ -252,7 +252,7 @@ def _submit(worker: Worker, request: dict[str, Any], count: int) -> None:
 
 
 def _warn(message: str) -> None:
-    gr.Warning(message[:1].upper() + message[1:], duration=6, title="Not done")
+    gr.Warning(message[:1].upper() + message[1:], duration=6)
 
 
 def _parameters(worker: Worker, event: gr.EventData) -> dict[str, Any] | None:

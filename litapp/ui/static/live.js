@@ -322,7 +322,7 @@ window.litapp ??= (() => {
     const grid = make("div", { className: "grid" });
     const more = button("Show more", () => load(grid.childElementCount));
     const nothing = make("p", { className: "empty" });
-    const dialog = make("dialog", { className: "detail", ariaLabel: "Picture" });
+    const dialog = make("dialog", { className: "detail", ariaLabel: "Picture", tabIndex: -1 });
     root.append(make("div", { className: "tools" }, search, total, open), grid, nothing, more, dialog);
     let asked = 0, listed = [];
 
@@ -334,7 +334,7 @@ window.litapp ??= (() => {
       const cards = page.pictures.map(card);
       listed = offset ? [...listed, ...page.pictures] : page.pictures;
       if (offset) grid.append(...cards); else grid.replaceChildren(...cards);
-      total.textContent = page.total === 1 ? "1 picture" : `${page.total} pictures`;
+      total.textContent = page.total === 1 ? "1 picture" : page.total ? `${page.total} pictures` : "";
       more.hidden = grid.childElementCount >= page.total;
       nothing.hidden = page.total > 0;
       nothing.textContent = search.value ? "No prompt holds these words." : "Your pictures will gather here.";
@@ -396,7 +396,8 @@ window.litapp ??= (() => {
             save, button("Open folder", () => trigger("expand", { id: picture.id })), erase),
           make("div", { className: "turn" }, turn("← Newer", "Newer picture", -1), turn("Older →", "Older picture", 1)),
           close));
-      if (!dialog.open) dialog.showModal();
+      // The button that had the focus is gone; the keys go on to the dialog itself.
+      if (dialog.open) dialog.focus(); else dialog.showModal();
     }
 
     dialog.addEventListener("keydown", (event) => {
