@@ -7,7 +7,6 @@ Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failed, 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import secrets
 import signal
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from litapp.client import RemoteModel, RemoteStep
     from litapp.pipeline import Picture, TextToImage
     from litapp.samplers import Step
+    from litapp.terminal import PreviewArea
 
 __all__ = ["app", "main"]
 
@@ -72,7 +72,8 @@ def main() -> None:
     # Prompts and paths may hold letters that a console's own encoding lacks.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # Python's handler of last resort writes warnings to the stderr of the moment, which is above
+    # the progress bar while there is one; a configured handler would write into it.
     app(prog_name="litapp")
 
 
@@ -134,6 +135,9 @@ def generate(
     server: Annotated[
         bool, typer.Option("--server", help="Draw with the model of a running `litapp ui`.")
     ] = False,
+    preview: Annotated[
+        bool, typer.Option(help="Show each step, in terminals that can show pictures.")
+    ] = True,
 ) -> None:
     """Draw a picture; prints its path."""
     if res is not None and (width is not None or height is not None):
@@ -163,7 +167,8 @@ def generate(
     prompts = _lines(sys.stdin) if named == "-" else iter([named])
     many = named == "-" or batch_count > 1
     draw = _artist(wanted.pop("model", None), device, server, many)
-    _draw(draw, prompts, wanted, Output(output, batch_count, many, metadata, as_json, sheet))
+    told = Output(output, batch_count, many, metadata, as_json, sheet, preview)
+    _draw(draw, prompts, wanted, told)
 
 
 @app.command()
@@ -216,6 +221,7 @@ class Output(NamedTuple):
     Attributes:
         count: pictures of each prompt.
         many: there may be more than one picture.
+        preview: the steps are shown where that is possible.
     """
 
     path: Path
@@ -224,6 +230,7 @@ class Output(NamedTuple):
     metadata: bool
     as_json: bool
     sheet: Path | None
+    preview: bool
 
 
 def _lines(stream: TextIO) -> Iterator[str]:
@@ -288,7 +295,7 @@ def _draw(
                 if not done:
                     ensure_writable(_target(output, prompt, seed, 1))
                 for i in range(output.count):
-                    with _progress() as on_step:
+                    with _progress(_preview(draw, wanted) if output.preview else None) as on_step:
                         picture = draw(
                             prompt,
                             seed=seed + i,
@@ -379,18 +386,62 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+class _Preview(NamedTuple):
+    """Where previews go, and what makes one of a step."""
+
+    area: PreviewArea
+    of: Callable[[Any], Image.Image | None]
+
+
+def _preview(draw: TextToImage | RemoteModel, wanted: dict[str, Any]) -> _Preview | None:
+    """None where stderr cannot show pictures."""
+    from litapp.terminal import PreviewArea, picture_protocol
+
+    protocol = picture_protocol(sys.stderr)
+    if protocol is None:
+        return None
+    # A server is the judge of what it is asked for, and has not been asked yet.
+    sides = (wanted.get(name) for name in ("width", "height"))
+    width, height = (side if isinstance(side, int) and side > 0 else 1024 for side in sides)
+    area = PreviewArea(sys.stderr, protocol, width, height)
+    return _Preview(area, lambda step: draw.preview(step, width, height))
+
+
 @contextmanager
-def _progress() -> Iterator[Callable[[Step | RemoteStep], None]]:
-    """Steps and time left on stderr, where a person looks at it."""
+def _progress(preview: _Preview | None) -> Iterator[Callable[[Step | RemoteStep], None]]:
+    """Steps, time left and previews on stderr, where a person looks at it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    options = {"console": console, "transient": True, "disable": not console.is_terminal}
-    with Progress(*columns, **options) as progress:
-        task = progress.add_task("denoise", total=None)
-        yield lambda step: progress.update(task, completed=step.index, total=step.total)
+    # The previews' rows are above the bar's: only one thread may write then.
+    options = {
+        "console": console,
+        "transient": True,
+        "disable": not console.is_terminal,
+        "auto_refresh": preview is None,
+    }
+    progress = Progress(*columns, **options)
+    task = progress.add_task("denoise", total=None)
+
+    def on_step(step: Step | RemoteStep) -> None:
+        image = None if preview is None else preview.of(step)
+        if image is not None:
+            preview.area.open()
+        progress.start()
+        progress.update(task, completed=step.index, total=step.total, refresh=preview is not None)
+        if image is not None:
+            preview.area.show(image)
+
+    try:
+        if preview is None:
+            progress.start()
+        yield on_step
+    finally:
+        progress.stop()
+        if preview is not None:
+            preview.area.close()
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
 import json
@@ -24,10 +25,11 @@ TIMEOUT_SECONDS = 30
 
 
 class RemoteStep(NamedTuple):
-    """A finished step on the server: ``index`` of ``total`` from 1."""
+    """A finished step on the server: ``index`` of ``total`` from 1, and a ``data:`` URL or None."""
 
     index: int
     total: int
+    preview: str | None = None
 
 
 def running_server() -> str:
@@ -46,12 +48,18 @@ class RemoteModel:
     """Called like :class:`litapp.pipeline.TextToImage`, draws on the server at ``url``.
 
     Raises:
-        LitappError: nothing answers there.
+        LitappError: nothing answers there, or something else.
     """
 
     def __init__(self, url: str) -> None:
         self._address = urlsplit(url).netloc
-        self.name = self._call("GET", "/api/v1/model")["name"]
+        try:
+            about = self._call("GET", "/api/v1/model")
+            self.name, self.digest, self.version = about["name"], about["digest"], about["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise LitappError(
+                f"another program answers at {self._address}; start the server with: litapp ui"
+            ) from error
 
     def __call__(
         self,
@@ -70,26 +78,35 @@ class RemoteModel:
         """
         start = time.perf_counter()
         job = self._call("POST", "/api/v1/generate", {"prompt": prompt, "seed": seed, **options})
-        path = f"/api/v1/jobs/{job['id']}"
+        path, told = f"/api/v1/jobs/{job['id']}", 0
         while job["state"] in ("queued", "running"):
             if should_stop and should_stop():
                 job = self._call("DELETE", path)
                 raise Cancelled
-            if on_step and job["step"]:
-                on_step(RemoteStep(job["step"], job["steps"]))
+            if on_step and job["step"] != told:
+                told = job["step"]
+                on_step(RemoteStep(told, job["steps"], job["preview"]))
             time.sleep(POLL_SECONDS)
             job = self._call("GET", path)
         if job["state"] == "cancelled":
             raise Cancelled
         if job["state"] == "failed":
             raise LitappError(job["error"])
-        if on_step:
+        if on_step and told != job["steps"]:
             on_step(RemoteStep(job["steps"], job["steps"]))
         png = io.BytesIO(self._fetch("GET", f"/api/v1/pictures/{job['pictures'][0]}/image.png"))
         parameters = read_parameters(png)
         with Image.open(png) as image:
             image.load()
         return Picture(image.copy(), parameters, {"server": time.perf_counter() - start})
+
+    def preview(self, step: RemoteStep, width: int, height: int) -> Image.Image | None:
+        """What the server sent with the step, or None; its size is the server's choice."""
+        if step.preview is None:
+            return None
+        with Image.open(io.BytesIO(base64.b64decode(step.preview.partition(",")[2]))) as image:
+            image.load()
+        return image
 
     def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         return json.loads(self._fetch(method, path, body))

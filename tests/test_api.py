@@ -187,6 +187,21 @@ def test_the_reference_names_every_path_and_needs_nothing_from_outside(client: T
     assert "http" not in page
 
 
+def test_numbers_of_the_reference_are_for_people(client: TestClient) -> None:
+    page = client.get("/docs").text
+    for text in ("64 to 4,096, a multiple of 32", "0 to 9.2e+18", "above 0, up to 1"):
+        assert text in page
+
+
+def test_quit_ends_the_server_where_there_is_one(client: TestClient) -> None:
+    assert client.post("/api/v1/quit").status_code == 409
+    ended = []
+    client.app.state.quit = lambda: ended.append(True)
+    foreign = client.post("/api/v1/quit", headers={"origin": "https://evil.example"})
+    assert (foreign.status_code, ended) == (403, [])
+    assert (client.post("/api/v1/quit").status_code, ended) == (202, [True])
+
+
 def test_the_model_tells_its_defaults(client: TestClient) -> None:
     model = client.get("/api/v1/model").json()
     assert (model["name"], model["steps"], model["previews"]) == ("tiny", 3, False)
@@ -222,4 +237,4 @@ def test_fuzzing_the_description_finds_no_server_error(client: TestClient, worke
         tried.add(operation.label)
         for job in worker.jobs():
             worker.cancel(job.id)
-    assert len(tried) == 12
+    assert len(tried) == 13

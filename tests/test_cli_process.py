@@ -85,6 +85,20 @@ def test_ctrl_c_ends_with_130_and_whole_files_only(tiny: Path) -> None:
             image.load()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="bash's completion")
+def test_the_shell_completes_commands_and_options() -> None:
+    for words, completed in (("litapp gene", "generate"), ("litapp generate --previ", "--preview")):
+        asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        result = subprocess.run(
+            [sys.executable, "-c", "import litapp.cli; litapp.cli.main()"],
+            capture_output=True,
+            text=True,
+            env={**environment(), **asked, "_LITAPP_COMPLETE": "complete_bash"},
+            timeout=60,
+        )
+        assert result.stdout.split() == [completed], result.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "module", "extra"),
     [

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 pytest.importorskip("gradio", reason="the ui extra is not installed")
@@ -149,7 +152,10 @@ def test_the_launcher_starts_this_python(tmp_path: Path, monkeypatch: pytest.Mon
     entry = install_launcher("linux").read_text()
     assert 'Exec="/opt/my 100%% \\\\$python/bin/python" -m litapp ui\n' in entry
     assert Path(re.search("^Icon=(.+)$", entry, re.MULTILINE)[1]).is_file()
-    program = install_launcher("darwin") / "Contents/MacOS/litapp"
+    bundle = install_launcher("darwin")
+    with Image.open(bundle / "Contents/Resources/litapp.icns") as icon:
+        assert icon.format == "ICNS"
+    program = bundle / "Contents/MacOS/litapp"
     assert program.read_text().endswith("exec '/opt/my 100% $python/bin/python' -m litapp ui\n")
     assert program.stat().st_mode & 0o111
     assert (
@@ -200,3 +206,28 @@ def test_without_a_server_that_is_told_in_one_line(isolated_home: Path) -> None:
     result = CliRunner().invoke(cli, ["generate", "a cat", "--server"])
     assert result.exit_code == 1
     assert "no server answers at 127.0.0.1:9" in result.stderr
+
+
+class Stranger(http.server.BaseHTTPRequestHandler):
+    """Another program that got the port of a server that is gone."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<h1>hello</h1>")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_another_program_on_the_port_is_told_apart(isolated_home: Path) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Stranger) as stranger:
+        thread = threading.Thread(target=stranger.handle_request)
+        thread.start()
+        isolated_home.mkdir()
+        url = f"http://127.0.0.1:{stranger.server_address[1]}"
+        (isolated_home / "server.json").write_text(json.dumps({"url": url}))
+        result = CliRunner().invoke(cli, ["generate", "a cat", "--server"])
+        thread.join()
+    assert result.exit_code == 1
+    assert "another program answers" in result.stderr

@@ -54,9 +54,17 @@ def create_app(worker: Worker) -> FastAPI:
     app.add_middleware(LoopbackOnly)
     app.state.worker = worker
     app.state.closing = asyncio.Event()
+    app.state.quit = None  # ends the server, where it is one that may be ended
     _add_error_handlers(app)
     _add_job_routes(app, worker)
     _add_picture_routes(app, worker)
+
+    @app.post("/api/v1/quit", status_code=202, tags=["model"], responses={409: {"model": Problem}})
+    def quit() -> None:
+        """Stop drawing and end the server."""
+        if app.state.quit is None:
+            raise HTTPException(409, "this server is part of another program, which has to end it")
+        app.state.quit()
 
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
     def reference() -> str:

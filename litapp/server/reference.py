@@ -59,14 +59,21 @@ def _kind(value: Mapping[str, Any]) -> str:
     for option in options:
         low, high = option.get("minimum"), option.get("maximum")
         if low is not None and high is not None:
-            words.append(f"{low} to {high}")
+            words.append(f"{_number(low)} to {_number(high)}")
+        elif high is not None:
+            words.append(f"above {_number(option['exclusiveMinimum'])}, up to {_number(high)}")
         if "multipleOf" in option:
-            words.append(f"a multiple of {option['multipleOf']}")
+            words.append(f"a multiple of {_number(option['multipleOf'])}")
         if "maxLength" in option:
-            words.append(f"at most {option['maxLength']} characters")
+            words.append(f"at most {_number(option['maxLength'])} characters")
     if value.get("default") not in (None, ""):
         words.append(f"{value['default']} by default")
     return ", ".join(words)
+
+
+def _number(value: float) -> str:
+    """OpenAPI's numbers are all floats; beyond 2^53 they are no longer exact."""
+    return f"{value:,.0f}" if value == int(value) and value < 2**53 else f"{value:.2g}"
 
 
 def _table(rows: Iterator[tuple[str, ...]]) -> str:

@@ -48,11 +48,17 @@ def bind(port: int | None) -> socket.socket:
 
 
 def serve(app: FastAPI, listener: socket.socket, on_start: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; ``on_start`` is given the URL once the port is bound."""
+    """Serve until SIGINT, SIGTERM or ``POST /api/v1/quit``.
+
+    Args:
+        listener: bound, as :func:`bind` makes it.
+        on_start: given the URL once the port listens.
+    """
     port = listener.getsockname()[1]
     url = f"http://{HOST}:{port}"
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="on")
     server = _Server(config, lambda: app.state.closing.set())
+    app.state.quit = lambda: setattr(server, "should_exit", True)
     notice = home() / "server.json"
     write_whole(notice, json.dumps({"url": url, "pid": os.getpid()}).encode())
     try:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+import warnings
 import webbrowser
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from litapp import __version__
+from litapp.client import RemoteModel, running_server
+from litapp.errors import LitappError
 from litapp.history import History
 from litapp.pipeline import TextToImage
 from litapp.worker import Worker
@@ -50,16 +55,27 @@ def create_ui(worker: Worker) -> FastAPI:
 def run(
     model: str, device: str, port: int | None, browser: bool, announce: Callable[[str], None]
 ) -> None:
-    """Serve the app until it is interrupted; ``announce`` is given its URL.
+    """Serve the app until it is ended; ``announce`` is given its URL.
+
+    Without a port, an app that runs already with the same model is shown instead: a launcher that
+    is clicked twice must not load the model twice.
 
     Raises:
         LitappError: the model, the history's folder or the port cannot be used.
     """
     from litapp.server.serve import bind, serve
 
-    listener = bind(port)
     drawing = TextToImage.load(model, device, resident=True)
+    if port is None and device == "auto" and (url := _running(drawing.bundle.digest)):
+        print("litapp is running already", file=sys.stderr)
+        announce(url)
+        if browser:
+            webbrowser.open(url)
+        return
+    listener = bind(port)
     history = History()
+    # Gradio's own business, and no news to whoever started the app from a terminal.
+    warnings.filterwarnings("ignore", module="gradio")
     with tempfile.TemporaryDirectory(prefix="litapp-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         worker = Worker(drawing, history, warm=True)
@@ -73,3 +89,13 @@ def run(
             serve(create_ui(worker), listener, started)
         finally:
             worker.close()
+
+
+def _running(digest: str) -> str | None:
+    """The URL of an app of this version that draws with the bundle of that digest, if one runs."""
+    try:
+        url = running_server()
+        remote = RemoteModel(url)
+    except LitappError:
+        return None
+    return url if (remote.digest, remote.version) == (digest, __version__) else None

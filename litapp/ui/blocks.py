@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def theme() -> gr.themes.Base:
         block_padding="0px",
         input_background_fill="white",
         input_background_fill_dark="*neutral_900",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
         input_border_color="*neutral_200",
         input_border_color_dark="*neutral_800",
         button_primary_background_fill="*primary_600",
@@ -112,7 +115,8 @@ def _live(name: str) -> dict[str, str]:
 def _header(model: str) -> str:
     return (
         "<header class='bar'><span class='mark' aria-hidden='true'></span>"
-        f"<strong>litapp</strong><span class='model'>{model}</span></header>"
+        f"<strong>litapp</strong><span class='model'>{escape(model)}</span>"
+        "<button type='button' class='quiet quit'>Quit</button></header>"
     )
 
 
@@ -208,7 +212,7 @@ def _connect(
         try:
             open_folder(folder)
         except LitappError as error:
-            gr.Warning(str(error))
+            _warn(str(error))
 
     # Gradio shows warnings only for events that go through its queue; this one never waits.
     quick = {
@@ -244,7 +248,11 @@ def _submit(worker: Worker, request: dict[str, Any], count: int) -> None:
     try:
         worker.submit(count=count, **request)
     except LitappError as error:
-        gr.Warning(str(error))
+        _warn(str(error))
+
+
+def _warn(message: str) -> None:
+    gr.Warning(message[:1].upper() + message[1:], duration=6)
 
 
 def _parameters(worker: Worker, event: gr.EventData) -> dict[str, Any] | None:
@@ -254,6 +262,6 @@ def _parameters(worker: Worker, event: gr.EventData) -> dict[str, Any] | None:
         return data["parameters"]
     entry = worker.history.get(str(data.get("id", "")))
     if entry is None:
-        gr.Warning("that picture is no longer there")
+        _warn("that picture is no longer there")
         return None
     return entry.parameters

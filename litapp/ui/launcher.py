@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import plistlib
 import shlex
 import sys
 from pathlib import Path
+
+from PIL import Image
 
 from litapp import __version__
 from litapp.errors import LitappError
@@ -61,10 +64,15 @@ def _mac_app() -> Path:
         "CFBundleName": "litapp",
         "CFBundleIdentifier": "org.litapp.ui",
         "CFBundleExecutable": "litapp",
+        "CFBundleIconFile": "litapp",
         "CFBundlePackageType": "APPL",
         "CFBundleShortVersionString": __version__,
     }
     _write(app / "Contents/Info.plist", plistlib.dumps(information))
+    icon = io.BytesIO()
+    with Image.open(ICON) as image:
+        image.save(icon, format="ICNS")
+    _write(app / "Contents/Resources/litapp.icns", icon.getvalue())
     program = app / "Contents/MacOS/litapp"
     _write(program, f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -m litapp ui\n".encode())
     program.chmod(0o755)

@@ -48,8 +48,8 @@ class Server:
     url: str = ""
     process: Any = None
 
-    def start(self) -> None:
-        options = ["--port", "0", "--no-browser", "--model", str(self.model)]
+    def start(self, port: int = 0) -> None:
+        options = ["--port", str(port), "--no-browser", "--model", str(self.model)]
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "litapp", "ui", *options],
             stdout=subprocess.PIPE,
@@ -61,14 +61,14 @@ class Server:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGINT)
-        self.process.communicate(timeout=30)
+        self.process.communicate(timeout=120)
         return self.process.returncode
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, method=method)
         request.add_header("content-type", "application/json")
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return json.loads(answer.read() or "null")
 
     def generate(self, **order: object) -> str:
@@ -142,7 +142,7 @@ def opened(browser: Any, server: Server, log: Log, **options: Any) -> Iterator[A
     log.follow(page)
     page.goto(server.url)
     page.wait_for_selector("#prompt textarea")
-    page.wait_for_selector(".stage .open")
+    page.wait_for_selector(".stage .frame")
     yield page
     for job in server.call("GET", "/api/v1/jobs")["jobs"]:
         server.call("DELETE", f"/api/v1/jobs/{job['id']}")
@@ -169,6 +169,18 @@ def draw(page: Any, prompt: str) -> str:
         arg=[before, prompt],
     )
     return page.get_attribute(".stage", "data-picture")
+
+
+def test_an_empty_app_says_what_to_do(page: Any) -> None:
+    page.get_by_role("tab", name="History").click()
+    page.get_by_text("Your pictures will gather here.").wait_for()
+    page.get_by_role("tab", name="Create").click()
+    shot(page, "empty")
+    page.get_by_role("button", name="a penguin in the snow").click()
+    assert page.input_value("#prompt textarea") == "a penguin in the snow"
+    # Tab leads on from the prompt to the one button.
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "generate"
 
 
 def test_generate_shows_the_picture(page: Any, server: Server) -> None:
@@ -219,9 +231,11 @@ def test_three_jobs_wait_and_one_is_removed(page: Any, server: Server) -> None:
     running = server.generate(**SLOW)
     waiting = [
         server.generate(prompt=prompt, steps=2, width=64, height=64)
-        for prompt in ("a cat on a pink background", "a sticker of a whale", "a mushroom")
+        for prompt in ("a cat on a pink background", "a sticker of a whale", f"a {'long ' * 60}cat")
     ]
     page.wait_for_function("document.querySelectorAll('.queue li').length === 3")
+    rows = page.locator(".queue li .quiet").all()
+    assert all(row.bounding_box()["x"] + row.bounding_box()["width"] < 1360 for row in rows)
     shot(page, "queue")
     page.get_by_role("button", name="Remove a sticker of a whale").click()
     page.wait_for_function("document.querySelectorAll('.queue li').length === 2")
@@ -248,6 +262,15 @@ def test_the_history_outlives_the_server(page: Any, server: Server) -> None:
     shot(page, "history")
     page.click(f".card[data-id='{key}']")
     shot(page, "detail")
+    box = page.locator(".detail").bounding_box()
+    assert abs(box["y"] - (860 - box["y"] - box["height"])) < 2, "not in the middle"
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("key => document.querySelector('.detail').dataset.id !== key", arg=key)
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("key => document.querySelector('.detail').dataset.id === key", arg=key)
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".detail", state="hidden")
+    page.click(f".card[data-id='{key}']")
     page.get_by_role("button", name="Use these settings").last.click()
     page.wait_for_function("document.querySelector('#prompt textarea').value === 'a tiger'")
     # The settings that "More" hides have come along too: the very same picture is drawn.
@@ -282,6 +305,8 @@ def test_again_with_another_seed_and_delete(page: Any, server: Server) -> None:
 
 
 def test_variations_start_from_the_picture_shown(page: Any, server: Server) -> None:
+    if not server.call("GET", "/api/v1/model")["variations"]:
+        pytest.skip("the model has no encoder")
     key = draw(page, "a balloon on a yellow background")
     page.locator(".stage").get_by_role("button", name="Variations").click()
     page.wait_for_function("document.querySelectorAll('.stage .strip img').length === 4")
@@ -325,8 +350,8 @@ def test_a_dropped_picture_brings_its_settings(page: Any, tmp_path: Path) -> Non
     assert page.get_by_label("Lock").is_checked()
     shot(page, "dropped")
     page.evaluate(DROP, ["y.png", base64.b64encode(b"no picture").decode()])
-    page.wait_for_selector(".stage .problem:not([hidden])")
-    assert "not a picture" in page.locator(".stage .problem").inner_text()
+    page.wait_for_selector(".note:not([hidden])")
+    assert "not a picture" in page.locator(".note").inner_text()
 
 
 def test_a_phone_and_the_dark_are_readable(browser: Any, server: Server, log: Log) -> None:
@@ -356,6 +381,35 @@ def test_two_windows_show_the_same_job(page: Any, browser: Any, server: Server, 
         other.wait_for_function(
             "key => document.querySelector('.stage').dataset.picture === key", arg=key
         )
+
+
+def test_the_reference_of_the_api_opens(page: Any, server: Server) -> None:
+    page.goto(f"{server.url}/docs")
+    assert page.get_by_text("POST /api/v1/generate").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1360
+
+
+def test_chromium_would_install_the_app(page: Any) -> None:
+    session = page.context.new_cdp_session(page)
+    manifest = session.send("Page.getAppManifest")
+    assert manifest["errors"] == []
+    assert json.loads(manifest["data"])["name"] == "litapp"
+    told = session.send("Page.getInstallabilityErrors")["installabilityErrors"]
+    # The windows of these tests are private ones, which install nothing.
+    assert {error["errorId"] for error in told} <= {"in-incognito"}
+
+
+def test_the_page_outlives_the_server(page: Any, server: Server) -> None:
+    port = urlsplit(server.url).port
+    page.fill("#prompt textarea", "a whale")
+    page.get_by_role("button", name="Quit").click()
+    page.get_by_role("button", name="Quit litapp?").click()
+    page.get_by_text("litapp has ended").wait_for()
+    assert server.process.wait(120) == 0
+    shot(page, "ended")
+    server.start(port)
+    page.wait_for_selector(".note", state="hidden")
+    draw(page, "a whale")
 
 
 def test_nothing_was_asked_from_anywhere_else(page: Any, log: Log) -> None:

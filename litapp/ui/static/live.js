@@ -10,6 +10,13 @@ window.litapp ??= (() => {
   function connect() {
     if (document.hidden || source) return;
     source = new EventSource("/api/v1/events");
+    source.onopen = () => offline(false);
+    source.onerror = () => {
+      offline(true);
+      if (source?.readyState !== EventSource.CLOSED) return;
+      source = null;
+      setTimeout(connect, 2000);
+    };
     source.onmessage = (message) => {
       latest = JSON.parse(message.data);
       listeners.forEach((listener) => listener(latest.jobs));
@@ -33,6 +40,36 @@ window.litapp ??= (() => {
     const value = await answer.json();
     if (!answer.ok) throw new Error(value.detail);
     return value;
+  }
+
+  // What cannot be shown beside its cause: one note at the foot of the window.
+  const note = make("p", { className: "note", role: "alert", hidden: true });
+  let fading = 0;
+  function tell(text, seconds = 6) {
+    document.querySelector(".gradio-container")?.append(note);
+    note.textContent = text;
+    note.hidden = !text;
+    clearTimeout(fading);
+    if (seconds) fading = setTimeout(() => { note.hidden = true; }, seconds * 1000);
+  }
+
+  let quitting = false, away = 0;
+  function offline(gone) {
+    const page = document.querySelector(".gradio-container");
+    clearTimeout(away);
+    if (gone) {
+      // A server that only restarts is back before anybody has read that it was away.
+      away = setTimeout(() => {
+        page?.classList.add("offline");
+        tell(quitting ? "litapp has ended. You can close this window."
+          : "litapp has stopped. Start it again and this page goes on where it was.", 0);
+      }, quitting ? 0 : 1500);
+    } else if (page?.classList.contains("offline")) {
+      page.classList.remove("offline");
+      tell("", 0);
+      quitting = false;
+      dispatchEvent(new Event("litapp-picture"));
+    }
   }
 
   function make(tag, properties = {}, ...children) {
@@ -79,8 +116,36 @@ window.litapp ??= (() => {
   }
 
   function cancelJob(id) {
-    call("DELETE", `/api/v1/jobs/${id}`).catch(() => {});
+    call("DELETE", `/api/v1/jobs/${id}`).catch((error) => tell(error.message));
   }
+
+  // The shape of a picture, for the style sheet to fit it into its place.
+  function shape(image, { width, height }) {
+    image.style.setProperty("--ratio", width / height);
+    image.style.setProperty("--wide", width);
+  }
+
+  function reader(trigger, kind = "") {
+    const chooser = make("input", { type: "file", accept: "image/png", hidden: true, ariaLabel: "Picture" });
+    chooser.onchange = () => { if (chooser.files[0]) read(chooser.files[0], trigger); chooser.value = ""; };
+    return [button("Read settings from a picture…", () => chooser.click(), kind), chooser];
+  }
+
+  async function read(file, trigger) {
+    try {
+      trigger("select", { parameters: await call("POST", "/api/v1/parameters", file, "image/png") });
+    } catch (error) {
+      tell(error.message);
+    }
+  }
+
+  function propose(words) {
+    const prompt = document.querySelector("#prompt textarea");
+    prompt.value = words;
+    prompt.dispatchEvent(new Event("input", { bubbles: true }));
+    prompt.focus();
+  }
+  const EXAMPLES = ["a red apple on a blue background", "a penguin in the snow", "a sticker of a rocket"];
 
   // ---------------------------------------------------------------- the stage
 
@@ -89,7 +154,10 @@ window.litapp ??= (() => {
     if (!root || root.childElementCount) return;
     const preview = make("img", { className: "preview", alt: "preview", hidden: true });
     const image = make("img", { className: "picture", alt: "", hidden: true });
-    const empty = make("p", { className: "empty", textContent: "What would you like to see?" });
+    const empty = make("div", { className: "empty" },
+      make("p", { textContent: "What would you like to see?" }),
+      make("div", { className: "examples" }, ...EXAMPLES.map((words) => button(words, () => propose(words)))),
+      make("div", {}, ...reader(trigger, "open")));
     const frame = make("div", { className: "frame" }, empty, image, preview);
     const bar = make("progress", { max: 1, value: 0, "aria-label": "progress" });
     const line = make("span", { className: "status", role: "status" });
@@ -104,8 +172,8 @@ window.litapp ??= (() => {
       variations(button("Variations", () => shown && trigger("retry", { id: shown.id, vary: true }))),
       button("Another seed", () => shown && trigger("retry", { id: shown.id })),
       button("Use these settings", () => shown && trigger("select", { id: shown.id })));
-    const caption = make("div", { className: "caption", hidden: true }, make("div", {}, words, facts), actions);
-    root.append(frame, progress, problem, strip, caption);
+    const about = make("div", { className: "caption", hidden: true }, make("div", {}, words, facts), actions);
+    root.append(frame, progress, problem, strip, about);
 
     let shown = null, running = null, followed = null;
     const seen = new Map();
@@ -119,20 +187,19 @@ window.litapp ??= (() => {
       shown = picture;
       image.src = picture.url;
       image.alt = picture.parameters.prompt;
-      image.width = picture.parameters.width;
-      image.height = picture.parameters.height;
+      shape(image, picture.parameters);
       image.hidden = false;
       empty.hidden = true;
       if (fresh) { image.classList.remove("fresh"); void image.offsetWidth; image.classList.add("fresh"); }
-      tell(picture.parameters);
+      caption(picture.parameters);
       save.href = picture.url;
       save.download = picture.file;
-      caption.hidden = false;
+      about.hidden = false;
       root.dataset.picture = id;
       for (const thumb of strip.children) thumb.classList.toggle("current", thumb.dataset.id === id);
     }
 
-    function tell(parameters) {
+    function caption(parameters) {
       words.textContent = parameters.prompt;
       facts.textContent = describe(parameters);
     }
@@ -152,6 +219,7 @@ window.litapp ??= (() => {
     function update(jobs) {
       running = jobs.find((job) => job.state === "running") ?? null;
       root.classList.toggle("running", running !== null);
+      document.title = running ? `${running.step}/${running.steps} · litapp` : "litapp";
       if (running) {
         followed = running.id;
         problem.hidden = true;
@@ -159,14 +227,14 @@ window.litapp ??= (() => {
         bar.max = total;
         bar.value = Math.min(total, running.pictures.length * running.steps + running.step);
         line.textContent = status(running);
-        preview.style.aspectRatio = `${running.width} / ${running.height}`;
+        shape(preview, running);
         if (running.preview) { preview.src = running.preview; preview.hidden = false; empty.hidden = true; }
         fill(running);
         words.textContent = running.prompt;
         facts.textContent = describe(running);
-        caption.hidden = false;
+        about.hidden = false;
       } else {
-        if (shown) tell(shown.parameters); else caption.hidden = true;
+        if (shown) caption(shown.parameters); else about.hidden = true;
         preview.hidden = true;
         const last = jobs.find((job) => job.id === followed);
         if (last) fill(last);
@@ -191,31 +259,18 @@ window.litapp ??= (() => {
       if (last && !shown) show(last.id);
     }).catch(() => {});
     follow(update);
-    dropping(root, trigger, problem);
+    dropping(root, trigger);
     addEventListener("litapp-deleted", (event) => {
       if (shown?.id !== event.detail) return;
       shown = null;
-      image.hidden = caption.hidden = true;
+      image.hidden = about.hidden = true;
+      delete root.dataset.picture;
       empty.hidden = false;
     });
   }
 
   // A picture dropped anywhere brings its settings along.
-  function dropping(root, trigger, problem) {
-    const read = async (file) => {
-      problem.hidden = true;
-      try {
-        const parameters = await call("POST", "/api/v1/parameters", file, "image/png");
-        trigger("select", { parameters });
-      } catch (error) {
-        problem.textContent = error.message;
-        problem.hidden = false;
-      }
-    };
-    const chooser = make("input", { type: "file", accept: "image/png", id: "picture-file", hidden: true });
-    chooser.onchange = () => { if (chooser.files[0]) read(chooser.files[0]); chooser.value = ""; };
-    const open = button("Read settings from a picture…", () => chooser.click(), "open");
-    root.append(open, chooser);
+  function dropping(root, trigger) {
     const files = (event) => event.dataTransfer?.types.includes("Files");
     addEventListener("dragover", (event) => {
       if (!files(event)) return;
@@ -228,7 +283,7 @@ window.litapp ??= (() => {
       event.preventDefault();
       root.classList.remove("dropping");
       const [file] = event.dataTransfer.files;
-      if (file) read(file);
+      if (file) read(file, trigger);
     });
   }
 
@@ -263,12 +318,13 @@ window.litapp ??= (() => {
     const search = make("input", { type: "search", placeholder: "Search prompts", ariaLabel: "Search prompts" });
     const total = make("span", { className: "total", role: "status" });
     const folder = button("Open folder", () => trigger("expand", {}));
+    const open = make("div", { className: "actions" }, ...reader(trigger), folder);
     const grid = make("div", { className: "grid" });
     const more = button("Show more", () => load(grid.childElementCount));
     const nothing = make("p", { className: "empty" });
-    const dialog = make("dialog", { className: "detail", ariaLabel: "Picture" });
-    root.append(make("div", { className: "tools" }, search, total, folder), grid, nothing, more, dialog);
-    let asked = 0;
+    const dialog = make("dialog", { className: "detail", ariaLabel: "Picture", tabIndex: -1 });
+    root.append(make("div", { className: "tools" }, search, total, open), grid, nothing, more, dialog);
+    let asked = 0, listed = [];
 
     async function load(offset = 0) {
       const turn = ++asked;
@@ -276,8 +332,9 @@ window.litapp ??= (() => {
       const page = await call("GET", `/api/v1/pictures?${query}`).catch(() => null);
       if (!page || turn !== asked) return;
       const cards = page.pictures.map(card);
+      listed = offset ? [...listed, ...page.pictures] : page.pictures;
       if (offset) grid.append(...cards); else grid.replaceChildren(...cards);
-      total.textContent = page.total === 1 ? "1 picture" : `${page.total} pictures`;
+      total.textContent = page.total === 1 ? "1 picture" : page.total ? `${page.total} pictures` : "";
       more.hidden = grid.childElementCount >= page.total;
       nothing.hidden = page.total > 0;
       nothing.textContent = search.value ? "No prompt holds these words." : "Your pictures will gather here.";
@@ -285,17 +342,27 @@ window.litapp ??= (() => {
 
     function card(picture) {
       const image = make("img", { src: picture.thumbnail_url, alt: picture.parameters.prompt, loading: "lazy" });
-      const face = make("button", { type: "button", className: "card", onclick: () => open(picture) }, image,
+      shape(image, picture.parameters);
+      const face = make("button", { type: "button", className: "card", onclick: () => look(picture) }, make("div", {}, image),
         make("span", { textContent: picture.parameters.prompt }));
       face.dataset.id = picture.id;
       return face;
     }
 
-    function open(picture) {
+    function beside(picture, way) {
+      return listed[listed.findIndex((other) => other.id === picture.id) + way];
+    }
+
+    function look(picture) {
       const act = (name, more = {}) => () => { dialog.close(); trigger(name, { id: picture.id, ...more }); };
       const erase = button("Delete", async () => {
         if (erase.textContent === "Delete") { erase.textContent = "Delete for good?"; return; }
-        await call("DELETE", `/api/v1/pictures/${picture.id}`).catch(() => {});
+        try {
+          await call("DELETE", `/api/v1/pictures/${picture.id}`);
+        } catch (error) {
+          tell(error.message);
+          return;
+        }
         dialog.close();
         dispatchEvent(new CustomEvent("litapp-deleted", { detail: picture.id }));
         load();
@@ -303,8 +370,20 @@ window.litapp ??= (() => {
       const save = make("a", { className: "quiet", textContent: "Save", href: picture.url, download: picture.file });
       const negative = picture.parameters.negative_prompt;
       const when = new Date(picture.created * 1000).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
+      const image = make("img", { src: picture.url, alt: picture.parameters.prompt });
+      shape(image, picture.parameters);
+      const turn = (text, label, way) => {
+        const to = beside(picture, way);
+        const face = button(text, () => look(to));
+        face.disabled = !to;
+        face.setAttribute("aria-label", label);
+        return face;
+      };
+      const close = button("×", () => dialog.close(), "close");
+      close.setAttribute("aria-label", "Close");
+      dialog.dataset.id = picture.id;
       dialog.replaceChildren(
-        make("img", { src: picture.url, alt: picture.parameters.prompt }),
+        image,
         make("div", { className: "side" },
           make("p", { className: "words", textContent: picture.parameters.prompt }),
           negative ? make("p", { className: "facts", textContent: `without ${negative}` }) : null,
@@ -315,9 +394,17 @@ window.litapp ??= (() => {
             button("Again with another seed", act("retry")),
             variations(button("Variations", act("retry", { vary: true }))),
             save, button("Open folder", () => trigger("expand", { id: picture.id })), erase),
-          button("Close", () => dialog.close(), "close")));
-      dialog.showModal();
+          make("div", { className: "turn" }, turn("← Newer", "Newer picture", -1), turn("Older →", "Older picture", 1)),
+          close));
+      // The button that had the focus is gone; the keys go on to the dialog itself.
+      if (dialog.open) dialog.focus(); else dialog.showModal();
     }
+
+    dialog.addEventListener("keydown", (event) => {
+      const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      const to = way && beside({ id: dialog.dataset.id }, way);
+      if (to) look(to);
+    });
 
     dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
     let timer = 0;
@@ -327,6 +414,24 @@ window.litapp ??= (() => {
     new IntersectionObserver((entries) => { if (entries.some((e) => e.isIntersecting)) load(); }).observe(root);
     load();
   }
+
+  // Asks once more: whatever waits or is being drawn goes with the server.
+  addEventListener("click", async ({ target }) => {
+    if (target.closest?.("#generate") && matchMedia("(max-width: 56rem)").matches) {
+      document.querySelector(".stage").scrollIntoView({ behavior: "smooth" });
+    }
+    const quit = target.closest?.(".quit");
+    if (!quit) return;
+    if (!quit.classList.contains("sure")) {
+      const busyJobs = latest.jobs.filter(busy).length;
+      quit.classList.add("sure");
+      quit.textContent = busyJobs ? "Stop drawing and quit?" : "Quit litapp?";
+      setTimeout(() => { quit.classList.remove("sure"); quit.textContent = "Quit"; }, 4000);
+      return;
+    }
+    quitting = true;
+    await call("POST", "/api/v1/quit").catch((error) => { quitting = false; tell(error.message); });
+  });
 
   addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
