@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from litapp.bundle import Bundle
-from litapp.engines import OnnxNetwork, providers_for
+from litapp.bundle import Bundle, home
+from litapp.engines import GraphCache, OnnxNetwork, providers_for
 from litapp.errors import LitappError
 from litapp.manifest import ENCODER
 
@@ -79,7 +79,8 @@ class Networks:
                 waiting.cancel()
 
     def _load(self, component: str) -> OnnxNetwork:
-        return OnnxNetwork(self._bundle.component(component), self._device, OUTPUTS[component])
+        path, cache = self._bundle.component(component), GraphCache(home() / "cache" / "graphs")
+        return OnnxNetwork(path, self._device, OUTPUTS[component], cache)
 
 
 class Runner:

@@ -108,6 +108,12 @@ class TextToImage:
         """Find a bundle, check its files and be ready; networks are read when they are needed."""
         return cls(load(name_or_path), device, resident=resident)
 
+    def prefetch(self) -> None:
+        """Begin to read the networks in other threads, where they fit in memory together."""
+        if self._ahead:
+            for component in AHEAD:
+                self._networks.ahead(component)
+
     def unload(self) -> None:
         """Let go of the networks that are kept; the next picture reads them again."""
         self._networks.release()
