@@ -11,4 +11,11 @@ from litapp.engines.onnx import (
     providers_for,
 )
 
-__all__ = ["DEVICES", "GraphCache", "OnnxNetwork", "available_devices", "physical_cores", "providers_for"]
+__all__ = [
+    "DEVICES",
+    "GraphCache",
+    "OnnxNetwork",
+    "available_devices",
+    "physical_cores",
+    "providers_for",
+]
