@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from litapp.concepts import CONCEPTS, read_concepts
 from litapp.errors import LitappError
+from litapp.export.footprint import cell_bytes, halo
 from litapp.export.report import quiet
 from litapp.manifest import COMPONENTS, ENCODER, SCHEDULER, read_json
 from litapp.models.autoencoder import SceneAutoencoder
@@ -68,11 +69,32 @@ class Source:
                 "channels": self.transformer.config.in_channels,
                 "reduction": reduction,
                 "multiple": reduction * self.transformer.config.patch_size,
+                "halo": halo(self.autoencoder.decode, self.autoencoder.config.latent_channels),
+                "cell_bytes": self._cell_bytes(),
             },
             "canvas": {"native": about["canvas"]["native"]},
             "sampler": {"clip_x0": None, **about["sampler"]},
             "text": {"max_length": MAX_LENGTH},
             "preview": self.autoencoder.config.preview,
+        }
+
+    def _cell_bytes(self) -> dict[str, int]:
+        """Memory of a latent cell in each network, see :func:`cell_bytes`."""
+        lit = self.transformer.config
+        side = 4 * lit.patch_size
+        latents = torch.zeros(1, lit.in_channels, side, side)
+        text, pooled = torch.zeros(1, 1, lit.caption_channels), lit.pooled_projection_dim
+
+        def denoise() -> Any:
+            time = torch.zeros(1)
+            pooled_text = torch.zeros(1, pooled) if pooled else None
+            return self.transformer(latents, text, time, pooled_projections=pooled_text)
+
+        return {
+            "transformer": cell_bytes(self.transformer, denoise, side**2),
+            "vae_decoder": cell_bytes(
+                self.autoencoder, lambda: self.autoencoder.decode(latents), side**2
+            ),
         }
 
 

@@ -294,6 +294,7 @@ def _draw(
                 _check(draw, prompt, seed, output.count, wanted)
                 if not done:
                     ensure_writable(_target(output, prompt, seed, 1))
+                    _prepare(draw, wanted)
                 for i in range(output.count):
                     with _progress(_preview(draw, wanted) if output.preview else None) as on_step:
                         picture = draw(
@@ -328,6 +329,19 @@ def _check(
         wanted.pop("init", None)
         draw.request(prompt, seed=seed, **wanted)
         draw.request(prompt, seed=seed + count - 1, **wanted)
+
+
+def _prepare(draw: TextToImage | RemoteModel, wanted: dict[str, Any]) -> None:
+    """Begin to read the networks; say so where memory will be short."""
+    from litapp.pipeline import TextToImage
+
+    if isinstance(draw, TextToImage):
+        from litapp.doctor import shortage
+
+        draw.prefetch()
+        size = wanted.get("width", 1024), wanted.get("height", 1024)
+        if warning := shortage(draw.bundle, *size):
+            typer.echo(f"litapp: {warning}", err=True)
 
 
 def _save(picture: Picture, output: Output, number: int) -> dict[str, Any]:
@@ -410,6 +424,9 @@ def _preview(draw: TextToImage | RemoteModel, wanted: dict[str, Any]) -> _Previe
 @contextmanager
 def _progress(preview: _Preview | None) -> Iterator[Callable[[Step | RemoteStep], None]]:
     """Steps, time left and previews on stderr, where a person looks at it."""
+    if not sys.stderr.isatty():
+        yield lambda step: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 

@@ -10,11 +10,15 @@ import sys
 from pathlib import Path
 
 from litapp import __version__
-from litapp.bundle import home, list_bundles
+from litapp.bundle import Bundle, home, list_bundles, load
 from litapp.engines import available_devices, physical_cores
+from litapp.errors import LitappError
+from litapp.memory import predict
 from litapp.pipeline import DEFAULT_MODEL
 
-__all__ = ["memory", "report"]
+__all__ = ["memory", "report", "shortage"]
+
+SIDES = (1024, 2048, 4096)
 
 
 def report() -> dict[str, str]:
@@ -31,7 +35,30 @@ def report() -> dict[str, str]:
         "ONNX Runtime": f"{onnxruntime.__version__}, devices: {', '.join(available_devices())}",
         "models": ", ".join(sorted(models)) or "none",
         "default model": "installed" if DEFAULT_MODEL in models else f"{DEFAULT_MODEL} is missing",
+        "a picture": _needs(),
     }
+
+
+def shortage(bundle: Bundle, width: int, height: int) -> str | None:
+    """A warning where a picture of this size is about to need more memory than is available."""
+    needed, available = max(predict(bundle, width, height).values()), memory()[1]
+    if available is None or needed <= available:
+        return None
+    return (
+        f"a picture of {width}x{height} takes about {_gigabytes(needed)} of memory, and"
+        f" {_gigabytes(available)} are available: it may be slow or fail"
+    )
+
+
+def _needs() -> str:
+    """What the default model takes for a picture, by size."""
+    try:
+        bundle = load(DEFAULT_MODEL)
+    except LitappError:
+        return "unknown"
+    needed = {side: max(predict(bundle, side, side).values()) for side in SIDES}
+    sizes = (f"{_gigabytes(count)} at {side}x{side}" for side, count in needed.items())
+    return f"takes about {', '.join(sizes)}"
 
 
 def memory() -> tuple[int | None, int | None]:

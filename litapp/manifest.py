@@ -60,6 +60,9 @@ class Manifest:
         channels: latent channels C.
         reduction: pixels per latent cell, along one side.
         multiple: pixels per transformer token, along one side; canvas sides are multiples of it.
+        halo: latent cells on each side of one that its decoded pixels depend on; None where that
+            is not known, and pictures are decoded whole.
+        cell_bytes: by component, memory that a latent cell takes at most while the network runs.
         native: pixels of the long side the model was trained at.
         sampler, steps, guidance, clip_x0: defaults for drawing.
         max_length: text tokens the encoder reads.
@@ -84,6 +87,8 @@ class Manifest:
     files: Mapping[str, FileEntry]
     preview: tuple[tuple[float, ...], ...] | None = None
     styles: Mapping[str, str] = field(default_factory=dict)
+    halo: int | None = None
+    cell_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 def parse_manifest(raw: Mapping[str, Any], root: Path) -> Manifest:
@@ -140,6 +145,8 @@ def _typed(raw: Mapping[str, Any]) -> Manifest:
         files={k: FileEntry(str(v["sha256"]), int(v["size"])) for k, v in raw["files"].items()},
         preview=None if preview is None else tuple(tuple(map(float, row)) for row in preview),
         styles={str(k): str(v) for k, v in (raw.get("styles") or {}).items()},
+        halo=None if raw["latent"].get("halo") is None else int(raw["latent"]["halo"]),
+        cell_bytes={str(k): int(v) for k, v in (raw["latent"].get("cell_bytes") or {}).items()},
     )
 
 
@@ -156,6 +163,8 @@ def _check(manifest: Manifest) -> None:
     for name in ("channels", "reduction", "multiple", "native", "steps", "max_length"):
         if getattr(manifest, name) < 1:
             raise ValueError(f"{name} must be positive")
+    if (manifest.halo or 0) < 0 or any(count < 1 for count in manifest.cell_bytes.values()):
+        raise ValueError("halo and cell_bytes must be positive")
     if manifest.multiple % manifest.reduction:
         raise ValueError(f"multiple {manifest.multiple} is not of {manifest.reduction}")
     if (rows := manifest.preview) is not None:

@@ -21,15 +21,20 @@ from litapp.engines import OnnxNetwork, providers_for
 from litapp.errors import EXIT_USAGE, Cancelled, LitappError
 from litapp.images import save_png, snap_alpha, to_image
 from litapp.manifest import ENCODER
+from litapp.memory import DECODE_BUDGET, cells_at_once, reads_ahead
+from litapp.networks import OUTPUTS, Networks, Runner
 from litapp.preview import preview_image
 from litapp.request import Request
 from litapp.samplers import SAMPLERS, NoiseSchedule, Step
 from litapp.text import tokenize
+from litapp.tiles import plan_tiles
 
 __all__ = ["DEFAULT_MODEL", "CanvasPlan", "Picture", "TextToImage", "plan_canvas"]
 
 DEFAULT_MODEL = "lit-scenes-1k"
 DEFAULT_STRENGTH = 0.35
+# In the order of their turns.
+AHEAD = ("text_encoder", "transformer", "vae_decoder")
 
 Floats = NDArray[np.float32]
 
@@ -62,13 +67,22 @@ class TextToImage:
         device: ``auto``, ``cpu``, ``cuda``, ``directml`` or ``coreml``.
         resident: keep each network after its first use, until :meth:`unload`. A single picture
             needs less memory without.
+        decode_budget: bytes that decoding may take beside its weights; above, the picture is
+            decoded in tiles. It does not follow the memory that is free: a tile rounds otherwise.
 
     Raises:
         LitappError: the device is not there, or the bundle asks for a sampler or a noise schedule
             that this version does not have.
     """
 
-    def __init__(self, bundle: Bundle, device: str = "auto", *, resident: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str = "auto",
+        *,
+        resident: bool = False,
+        decode_budget: int = DECODE_BUDGET,
+    ) -> None:
         providers_for(device)
         if bundle.manifest.sampler not in SAMPLERS:
             raise LitappError(
@@ -77,7 +91,10 @@ class TextToImage:
             )
         self.bundle = bundle
         self.device = device
-        self._resident: dict[str, OnnxNetwork] | None = {} if resident else None
+        self.decode_budget = decode_budget
+        self._resident = resident
+        self._networks = Networks(bundle, device)
+        self._ahead = reads_ahead(bundle)
         self._schedule = NoiseSchedule.from_config(bundle.scheduler_config)
 
     @classmethod
@@ -91,10 +108,15 @@ class TextToImage:
         """Find a bundle, check its files and be ready; networks are read when they are needed."""
         return cls(load(name_or_path), device, resident=resident)
 
+    def prefetch(self) -> None:
+        """Begin to read the networks in other threads, where they fit in memory together."""
+        if self._ahead:
+            for component in AHEAD:
+                self._networks.ahead(component)
+
     def unload(self) -> None:
         """Let go of the networks that are kept; the next picture reads them again."""
-        if self._resident is not None:
-            self._resident.clear()
+        self._networks.release()
 
     def request(
         self,
@@ -165,7 +187,7 @@ class TextToImage:
                 the shape asked for, and noised as far as ``strength`` says.
             strength: with ``init``, the share of the steps that are drawn, 0.35 if not given.
             on_step: called after each denoising step.
-            should_stop: asked before each phase and after each step.
+            should_stop: asked before each phase, after each step and before each tile.
 
         Raises:
             LitappError: an argument is out of range, the bundle cannot read pictures, or a network
@@ -186,13 +208,13 @@ class TextToImage:
         plan = plan_canvas(width, height, manifest.native, manifest.multiple)
         seconds: dict[str, float] = {}
 
-        with _phase("encode", seconds, should_stop):
+        with self._phase("encode", seconds, should_stop, "text_encoder"):
             text = self._encode(request)
-        with _phase("denoise", seconds, should_stop):
+        with self._phase("denoise", seconds, should_stop, ENCODER, "transformer"):
             start = None if init is None else self._latents(init, plan)
             latents = self._denoise(text, request, plan, start, on_step, should_stop)
-        with _phase("decode", seconds, should_stop):
-            image = to_image(fit(self._decode(latents, plan), plan))
+        with self._phase("decode", seconds, should_stop, "vae_decoder"):
+            image = to_image(fit(self._decode(latents, plan, should_stop), plan))
         parameters = self._parameters(request)
         if init is not None:
             digest = hashlib.sha256(init.convert("RGBA").tobytes()).hexdigest()
@@ -215,15 +237,45 @@ class TextToImage:
         """(1, C, h, w) normalised latents of a picture."""
         manifest = self.bundle.manifest
         sample = cover(init, plan).transpose(2, 0, 1)[None]
-        (latents,) = self._network(ENCODER, "latent_sample")(sample=np.ascontiguousarray(sample))
         width, height = (side // manifest.reduction for side in plan.canvas)
-        return _checked(latents, (1, manifest.channels, height, width), "encoder")
+        encode = self._runner(ENCODER)
+        (latents,) = encode(
+            (1, manifest.channels, height, width), sample=np.ascontiguousarray(sample)
+        )
+        return latents
 
     def _network(self, component: str, *outputs: str) -> OnnxNetwork:
-        kept = {} if self._resident is None else self._resident
-        if component not in kept:
-            kept[component] = OnnxNetwork(self.bundle.component(component), self.device, outputs)
-        return kept[component]
+        """A network that returns ``outputs``; those that come after it are read meanwhile."""
+        if self._ahead and component in AHEAD:
+            for later in AHEAD[AHEAD.index(component) :]:
+                self._networks.ahead(later)
+        return self._networks.get(component)
+
+    def _runner(self, component: str) -> Runner:
+        network = self._network(component, *OUTPUTS[component])
+        return Runner(component, network, self._networks.spare)
+
+    @contextmanager
+    def _phase(
+        self,
+        name: str,
+        seconds: dict[str, float],
+        should_stop: Callable[[], bool] | None,
+        *components: str,
+    ) -> Iterator[None]:
+        """Time a phase, and let its networks go where they are not kept."""
+        if should_stop and should_stop():
+            raise Cancelled
+        start = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            if not self._resident:
+                self._networks.release()
+            raise
+        if not self._resident:
+            self._networks.release(*components)
+        seconds[name] = time.perf_counter() - start
 
     def _encode(self, request: Request) -> dict[str, NDArray[Any]]:
         """The transformer's text inputs, for the prompt and, where guided, the negative prompt."""
@@ -231,12 +283,14 @@ class TextToImage:
         if request.guidance != 1:
             prompts.append(request.negative_prompt)
         ids, mask = tokenize(self.bundle.tokenizer, prompts, self.bundle.manifest.max_length)
-        network = self._network("text_encoder", "last_hidden_state", "pooled")
-        states, pooled = network(input_ids=ids, attention_mask=mask)
+        encode = self._runner("text_encoder")
+        states, pooled = encode(
+            (*ids.shape, -1), (len(ids), -1), input_ids=ids, attention_mask=mask
+        )
         return {
-            "encoder_hidden_states": _checked(states, (*ids.shape, -1), "text encoder"),
+            "encoder_hidden_states": states,
             "encoder_attention_mask": mask,
-            "pooled_projections": _checked(pooled, (len(ids), -1), "text encoder"),
+            "pooled_projections": pooled,
         }
 
     def _denoise(
@@ -254,17 +308,17 @@ class TextToImage:
             start: latents to noise and start from, or None for noise alone.
         """
         manifest = self.bundle.manifest
-        network = self._network("transformer", "sample")
+        network = self._runner("transformer")
         batch = len(text["pooled_projections"])
 
         def model(x: NDArray[Any], t: int) -> NDArray[Any]:
+            channels, height, width = x.shape[1:]
             (output,) = network(
+                (batch, 2 * channels, height, width),
                 hidden_states=np.repeat(x, batch, axis=0),
                 timestep=np.full(batch, t, dtype=np.float32),
                 **text,
             )
-            channels, height, width = x.shape[1:]
-            _checked(output, (batch, 2 * channels, height, width), "transformer")
             if batch == 1:
                 return output
             wanted, unwanted = output[:1], output[1:]
@@ -296,12 +350,32 @@ class TextToImage:
             callback=after_step,
         )
 
-    def _decode(self, latents: Floats, plan: CanvasPlan) -> Floats:
-        """Premultiplied RGBA (H, W, 4) in [0, 1]."""
+    def _decode(
+        self, latents: Floats, plan: CanvasPlan, should_stop: Callable[[], bool] | None
+    ) -> Floats:
+        """Premultiplied RGBA (H, W, 4) in [0, 1], in tiles where the budget asks for them."""
+        manifest = self.bundle.manifest
         width, height = plan.canvas
-        (sample,) = self._network("vae_decoder", "sample")(latent_sample=latents)
-        _checked(sample, (1, 4, height, width), "decoder")
-        return snap_alpha(np.clip(sample[0].transpose(1, 2, 0), 0, 1))
+        cells = latents.shape[2:]
+        most = cells_at_once(manifest, self.decode_budget)
+        tiles = plan_tiles(*cells, manifest.halo, most)
+        decode = self._runner("vae_decoder")
+        picture = np.empty((4, height, width), np.float32) if len(tiles) > 1 else None
+        for tile in tiles:
+            if should_stop and should_stop():
+                raise Cancelled
+            piece = np.ascontiguousarray(latents[(..., *tile.read)])
+            shape = [side * manifest.reduction for side in piece.shape[2:]]
+            (sample,) = decode((1, 4, *shape), latent_sample=piece)
+            if picture is None:
+                picture = sample[0]
+            else:
+                place, keep = (
+                    tuple(_pixels(part, manifest.reduction) for part in area)
+                    for area in (tile.place, tile.keep)
+                )
+                picture[(..., *place)] = sample[0][(..., *keep)]
+        return snap_alpha(picture.transpose(1, 2, 0))
 
     def _parameters(self, request: Request) -> dict[str, Any]:
         manifest = self.bundle.manifest
@@ -320,25 +394,5 @@ class TextToImage:
         }
 
 
-@contextmanager
-def _phase(
-    name: str, seconds: dict[str, float], should_stop: Callable[[], bool] | None
-) -> Iterator[None]:
-    if should_stop and should_stop():
-        raise Cancelled
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start
-
-
-def _checked(values: NDArray[Any], shape: tuple[int, ...], component: str) -> NDArray[Any]:
-    """``values``, if they are of ``shape`` (-1 is any length) and all finite."""
-    lengths = zip(values.shape, shape, strict=False)
-    if values.ndim != len(shape) or any(-1 != want != have for have, want in lengths):
-        raise LitappError(f"the {component} returned the shape {values.shape}, not {shape}")
-    if not np.isfinite(values).all():
-        raise LitappError(
-            f"the {component} returned NaN or infinite values, so no picture was kept;"
-            " try another seed, a lower guidance or --device cpu"
-        )
-    return values
+def _pixels(cells: slice, reduction: int) -> slice:
+    return slice(cells.start * reduction, cells.stop * reduction)

@@ -280,6 +280,16 @@ def test_doctor_tells_memory_disk_and_devices(isolated_home: Path) -> None:
     assert re.search(r"^memory: +\d+\.\d GB, ", result.stdout, re.MULTILINE)
     assert f"GB free at {isolated_home}" in result.stdout
     assert re.search(r"devices: .*cpu", result.stdout)
+    assert re.search(r"takes about .+ GB at 1024x1024, .+ at 4096x4096\n", result.stdout)
+
+
+def test_a_picture_that_memory_may_be_short_for_is_told_before_it_is_drawn(
+    generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litapp.doctor.memory", lambda: (8 << 30, 1 << 20))
+    result = generate("a cat", "--res", "128")
+    assert result.exit_code == 0
+    assert re.match(r"litapp: a picture of 128x128 takes about .+ GB of memory", result.stderr)
 
 
 def test_version_is_that_of_the_package() -> None:

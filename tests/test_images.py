@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from litapp.errors import LitappError
 from litapp.images import (
@@ -24,6 +26,7 @@ from litapp.images import (
     snap_alpha,
     to_image,
 )
+from litapp.png import encode_png
 
 PARAMETERS = {
     "prompt": "two red apples",
@@ -92,6 +95,27 @@ def test_a_saved_picture_keeps_its_pixels_and_carries_its_marks(tmp_path: Path) 
     [description] = xmp.iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
     assert DIGITAL_SOURCE_TYPE in description.attrib.values()
     assert read_parameters(path) == PARAMETERS
+
+
+@shared_folder
+@given(
+    arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.sampled_from([3, 4]))),
+    st.integers(16, 400),
+)
+def test_pngs_in_any_number_of_pieces_hold_the_pixels(pixels: np.ndarray, piece: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("litapp.png.PIECE", piece)
+        content = encode_png(Image.fromarray(pixels), PngInfo())
+    with Image.open(io.BytesIO(content)) as image:
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+def test_the_bytes_of_a_png_do_not_depend_on_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    many = encode_png(picture, PngInfo())
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert encode_png(picture, PngInfo()) == many
 
 
 @shared_folder

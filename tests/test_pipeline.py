@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +185,57 @@ def test_nan_in_any_network_makes_no_picture(
     edit_network(tiny, component, fill(weights, np.nan))
     with pytest.raises(LitappError, match=f"the {named} returned NaN"):
         TextToImage.load(rewrite())("a cat", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("component", "weights"),
+    [("text_encoder", "table"), ("transformer", "project"), ("vae_decoder", "kernel")],
+)
+def test_nan_is_mended_by_the_networks_fp32_file_and_told(
+    tiny: Path,
+    rewrite: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    component: str,
+    weights: str,
+) -> None:
+    expected = TextToImage.load(tiny)("a cat", **SMALL)
+    path = tiny / component / "model.onnx"
+    shutil.copyfile(path, path.with_name("model_fp32.onnx"))
+    edit_network(tiny, component, fill(weights, np.nan))
+    picture = TextToImage.load(rewrite())("a cat", **SMALL)
+    np.testing.assert_array_equal(pixels(picture.image), pixels(expected.image))
+    assert [record.message for record in caplog.records if "NaN" in record.message] != []
+
+
+def test_nan_in_fp32_too_makes_no_picture(tiny: Path, rewrite: Callable[..., Path]) -> None:
+    edit_network(tiny, "transformer", fill("project", np.inf))
+    path = tiny / "transformer/model.onnx"
+    shutil.copyfile(path, path.with_name("model_fp32.onnx"))
+    with pytest.raises(LitappError, match="NaN or infinite values in fp32 too"):
+        TextToImage.load(rewrite())("a cat", **SMALL)
+
+
+def test_networks_are_let_go_after_their_phase_unless_they_are_kept(tiny: Path) -> None:
+    held = {}
+    for resident in (False, True):
+        model = TextToImage.load(tiny, resident=resident)
+        steps: list[set[str]] = []
+        model(
+            "a cat", on_step=lambda _, m=model, s=steps: s.append(set(m._networks._read)), **SMALL
+        )
+        held[resident] = steps[-1], set(model._networks._read)
+    assert held[False] == ({"transformer", "vae_decoder"}, set())
+    everything = {"text_encoder", "transformer", "vae_decoder"}
+    assert held[True] == (everything, everything)
+
+
+def test_a_cancelled_picture_lets_all_networks_go(tiny: Path) -> None:
+    model = TextToImage.load(tiny)
+    model.prefetch()
+    steps: list[Step] = []
+    with pytest.raises(Cancelled):
+        model("a cat", on_step=steps.append, should_stop=lambda: len(steps) == 1, **SMALL)
+    assert not model._networks._read
 
 
 def test_a_network_without_the_agreed_output_is_told(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from litapp.engines.graph_cache import GraphCache
 from litapp.engines.onnx import (
     DEVICES,
     OnnxNetwork,
@@ -10,4 +11,11 @@ from litapp.engines.onnx import (
     providers_for,
 )
 
-__all__ = ["DEVICES", "OnnxNetwork", "available_devices", "physical_cores", "providers_for"]
+__all__ = [
+    "DEVICES",
+    "GraphCache",
+    "OnnxNetwork",
+    "available_devices",
+    "physical_cores",
+    "providers_for",
+]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from litapp.engines.graph_cache import GraphCache
 from litapp.errors import EXIT_USAGE, LitappError
 
 __all__ = ["DEVICES", "OnnxNetwork", "available_devices", "physical_cores", "providers_for"]
@@ -77,23 +78,22 @@ class OnnxNetwork:
         path: the ``.onnx`` file.
         device: as for :func:`providers_for`.
         outputs: the outputs to return, in this order.
+        cache: on the CPU, keeps the optimised graph for the next run.
 
     Raises:
         LitappError: the file is not a network that ONNX Runtime can load, or lacks an output.
     """
 
-    def __init__(self, path: Path, device: str, outputs: Sequence[str]) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        # One thread per physical core: a second one on the same core only fights for its caches.
-        options.intra_op_num_threads = physical_cores()
-        options.log_severity_level = 3
+    def __init__(
+        self, path: Path, device: str, outputs: Sequence[str], cache: GraphCache | None = None
+    ) -> None:
         self.path = path
         try:
-            self._session = onnxruntime.InferenceSession(
-                os.fspath(path), sess_options=options, providers=providers_for(device)
-            )
+            # Other providers compile for a device, which the saved graph would not hold.
+            if cache and providers_for(device) == [PROVIDERS["cpu"]]:
+                self._session = _through_cache(path, cache)
+            else:
+                self._session = _session(path, providers_for(device))
         except LitappError:
             raise
         except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -115,6 +115,39 @@ class OnnxNetwork:
             raise LitappError(
                 f"{self.path.parent.name} failed while running: {_reason(error)}"
             ) from error
+
+
+def _session(
+    path: Path, providers: list[str], optimised: Path | None = None, optimise: bool = True
+) -> Any:
+    """An ONNX Runtime session; ``optimised`` is where to write the graph that it makes."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # One thread per physical core: a second one on the same core only fights for its caches.
+    options.intra_op_num_threads = physical_cores()
+    options.log_severity_level = 3
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if optimised:
+        options.optimized_model_filepath = os.fspath(optimised)
+    return onnxruntime.InferenceSession(os.fspath(path), sess_options=options, providers=providers)
+
+
+def _through_cache(path: Path, cache: GraphCache) -> Any:
+    providers = [PROVIDERS["cpu"]]
+    if graph := cache.find(path):
+        try:
+            return _session(graph, providers, optimise=False)
+        except Exception:  # damaged: the network's own file decides
+            cache.drop(path)
+    with cache.draft(path) as draft:
+        try:
+            return _session(path, providers, optimised=draft)
+        except Exception:
+            if draft is None:
+                raise
+    return _session(path, providers)
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,138 @@
+"""The networks of a bundle: read once, ahead of their turn where that costs no memory, let go."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from litapp.bundle import Bundle, home
+from litapp.engines import GraphCache, OnnxNetwork, providers_for
+from litapp.errors import LitappError
+from litapp.manifest import ENCODER
+
+__all__ = ["OUTPUTS", "Networks", "Runner"]
+
+OUTPUTS = {
+    "text_encoder": ("last_hidden_state", "pooled"),
+    "transformer": ("sample",),
+    "vae_decoder": ("sample",),
+    ENCODER: ("latent_sample",),
+}
+_NAMES = {"text_encoder": "text encoder", "vae_decoder": "decoder", ENCODER: "encoder"}
+
+_log = logging.getLogger(__name__)
+
+
+class Networks:
+    """The networks of ``bundle`` on ``device``, by component; for one thread to use."""
+
+    def __init__(self, bundle: Bundle, device: str) -> None:
+        self._bundle = bundle
+        self._device = device
+        self._read: dict[str, Future[OnnxNetwork]] = {}
+        # Two: each reads on one core, and the first is the one that is waited for.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="litapp-read")
+
+    def ahead(self, component: str) -> None:
+        """Begin to read a network in another thread, unless it is there."""
+        if component not in self._read:
+            self._read[component] = self._threads.submit(self._load, component)
+
+    def get(self, component: str) -> OnnxNetwork:
+        """A network, read now if need be. Raises LitappError where it cannot be loaded."""
+        self.ahead(component)
+        return self._read[component].result()
+
+    def spare(self, component: str) -> OnnxNetwork:
+        """Exchange a network that gave NaN for one that is more exact.
+
+        That is its ``model_fp32.onnx`` on the CPU where the bundle has one, else the same file on
+        the CPU where it ran elsewhere: accelerators may compute in fp16.
+
+        Raises:
+            LitappError: there is no such network.
+        """
+        path = self._bundle.component(component)
+        exact = path.with_name("model_fp32.onnx")
+        if exact.relative_to(self._bundle.root).as_posix() in self._bundle.manifest.files:
+            path = exact
+        elif providers_for(self._device) == providers_for("cpu"):
+            raise LitappError(
+                f"the {_name(component)} returned NaN or infinite values, so no picture was kept;"
+                " try another seed, a lower guidance or --device cpu"
+            )
+        _log.warning("note: the %s returned NaN; it runs in fp32 now", _name(component))
+        network: Future[OnnxNetwork] = Future()
+        network.set_result(OnnxNetwork(path, "cpu", OUTPUTS[component]))
+        self._read[component] = network
+        return network.result()
+
+    def release(self, *components: str) -> None:
+        """Let go of these networks, or of all."""
+        for component in components or list(self._read):
+            if waiting := self._read.pop(component, None):
+                waiting.cancel()
+
+    def _load(self, component: str) -> OnnxNetwork:
+        path, cache = self._bundle.component(component), GraphCache(home() / "cache" / "graphs")
+        return OnnxNetwork(path, self._device, OUTPUTS[component], cache)
+
+
+class Runner:
+    """Calls a network, and looks at what it returns.
+
+    Args:
+        network: as of ``component``.
+        spare: see :meth:`Networks.spare`; asked for once, where something is NaN or infinite.
+    """
+
+    def __init__(
+        self, component: str, network: OnnxNetwork, spare: Callable[[str], OnnxNetwork]
+    ) -> None:
+        self._component = component
+        self._network = network
+        self._spare = spare
+
+    def __call__(
+        self, *shapes: tuple[int, ...], **inputs: NDArray[Any]
+    ) -> list[NDArray[np.float32]]:
+        """Outputs of these shapes, in which -1 is any length, and all finite.
+
+        Raises:
+            LitappError: it returned something else, and so did its spare if it has one.
+        """
+        results = self._run(shapes, inputs)
+        if not _finite(results):
+            self._network = self._spare(self._component)
+            results = self._run(shapes, inputs)
+            if not _finite(results):
+                raise LitappError(
+                    f"the {_name(self._component)} returned NaN or infinite values in fp32 too, so"
+                    " no picture was kept; try another seed or a lower guidance"
+                )
+        return results
+
+    def _run(
+        self, shapes: tuple[tuple[int, ...], ...], inputs: dict[str, NDArray[Any]]
+    ) -> list[NDArray[np.float32]]:
+        results = self._network(**inputs)
+        for values, shape in zip(results, shapes):
+            lengths = zip(values.shape, shape, strict=False)
+            if values.ndim != len(shape) or any(-1 != want != have for have, want in lengths):
+                raise LitappError(
+                    f"the {_name(self._component)} returned the shape {values.shape}, not {shape}"
+                )
+        return results
+
+
+def _finite(arrays: list[NDArray[np.float32]]) -> bool:
+    return all(np.isfinite(values).all() for values in arrays)
+
+
+def _name(component: str) -> str:
+    return _NAMES.get(component, component)
