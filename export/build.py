@@ -83,7 +83,11 @@ def _run(source: Source, staging: Staging, report: Report) -> None:
 def _describe(fields: dict[str, Any], report: Report, below_gate: list[str]) -> None:
     """Put what was measured into the manifest."""
     for row in report.kept():
-        fields["components"][row.component] |= {"precision": row.precision, "parity": row.parity}
+        fields["components"][row.component] |= {
+            "precision": row.precision,
+            "parity": row.parity,
+            "export": report.effort(row.component),
+        }
     fields["parity"] = {"against": "torch in fp32", "below_gate": below_gate}
     if report.pictures:
         fields["parity"] |= {
@@ -100,7 +104,6 @@ def _assemble(staging: Path, bundle: Path, report: Report) -> None:
     shutil.copytree(staging / "companions", bundle, dirs_exist_ok=True)
     for row in report.kept():
         folder = bundle / row.component
-        folder.mkdir()
         for path in (staging / row.component / row.precision).glob(f"{GRAPH}*"):
             try:
                 os.link(path, folder / path.name)
@@ -121,6 +124,10 @@ def _write_companions(source: Source, staging: Path) -> None:
         (folder / TOKENIZER).parent.mkdir()
         source.tokenizer.save(str(folder / TOKENIZER))
         index["tokenizer"] = ["tokenizers", "Tokenizer"]
+    for name, checkpoint in source.folders.items():
+        # Optimum takes shapes and classes from here.
+        (folder / name).mkdir()
+        shutil.copyfile(checkpoint / "config.json", folder / name / "config.json")
     index |= {name: ["diffusers", "OnnxRuntimeModel"] for name in source.components}
     _write_json(folder / "model_index.json", index)
     if source.readme:

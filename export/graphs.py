@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, SanaMultiscaleLinearAttention
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor, nn
@@ -180,6 +180,11 @@ class _OpaqueEncoder(nn.Module):
 
 
 def _scaling(autoencoder: nn.Module) -> tuple[float, float]:
+    """Factor and shift from raw latents to those that transformers see."""
+    for module in autoencoder.modules():
+        if isinstance(module, SanaMultiscaleLinearAttention):
+            # torch's exporter takes a sum with 1e-15 for one with 0, and 0 / 0 is NaN.
+            module.eps = max(module.eps, 1e-7)
     config = autoencoder.config
     return config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
 

@@ -47,7 +47,7 @@ class Report:
     def note(self, text: str) -> None:
         """Print what comes next."""
         # Markup would take "[1/4]" for a style.
-        Console(stderr=True).print(text, highlight=False, markup=False)
+        Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
     def add(self, component: str, step: str, result: dict[str, Any]) -> None:
         """Note what a step told."""
@@ -61,6 +61,22 @@ class Report:
     def errors(self) -> dict[str, float]:
         """The relative error of each of them."""
         return {row.component: row.parity["relative_error"] for row in self.kept()}
+
+    def effort(self, component: str) -> dict[str, Any]:
+        """What the export of a component took, as JSON data.
+
+        ``seconds`` of all its steps, ``peak_mb`` of the process that needed most, ``fp32_bytes``
+        before, and the layers whose products were kept ``in_float``.
+        """
+        steps = [result for (name, _), result in self.steps.items() if name == component]
+        return {
+            "seconds": round(sum(step["seconds"] for step in steps), 1),
+            "peak_mb": max(
+                (round(step["peak_mb"]) for step in steps if step["peak_mb"]), default=0
+            ),
+            "fp32_bytes": self.steps[component, "trace"]["bytes"],
+            "in_float": self.steps[component, "trace"]["kept"],
+        }
 
     def show(self) -> None:
         """Print the tables."""
@@ -84,7 +100,7 @@ class Report:
 
     def _parity(self, console: Console) -> None:
         table = Table(title="Parity with torch in fp32")
-        for title in ("network", "precision", "MB", "ms/call", "error", "worst", "dB", "kept"):
+        for title in ("network", "precision", "MB", "ms", "error %", "worst", "dB", "kept"):
             words = title in ("network", "precision", "kept")
             table.add_column(title, justify="left" if words else "right", no_wrap=True)
         for row in self.rows:
@@ -93,8 +109,8 @@ class Report:
                 row.precision,
                 f"{row.bytes / 1e6:.1f}",
                 f"{row.parity['milliseconds']:.1f}",
-                f"{row.parity['relative_error']:.2g}",
-                f"{row.parity['worst_error']:.2g}",
+                f"{100 * row.parity['relative_error']:.2g}",
+                f"{100 * row.parity['worst_error']:.2g}",
                 f"{row.parity['psnr']:.1f}",
                 "yes" if row.kept else "",
             )
