@@ -68,7 +68,7 @@ class Networks:
             )
         _log.warning("note: the %s returned NaN; it runs in fp32 now", _name(component))
         network: Future[OnnxNetwork] = Future()
-        network.set_result(OnnxNetwork(path, "cpu", OUTPUTS[component]))
+        network.set_result(OnnxNetwork(path, "cpu", self._outputs(component)))
         self._read[component] = network
         return network.result()
 
@@ -80,7 +80,13 @@ class Networks:
 
     def _load(self, component: str) -> OnnxNetwork:
         path, cache = self._bundle.component(component), GraphCache(home() / "cache" / "graphs")
-        return OnnxNetwork(path, self._device, OUTPUTS[component], cache)
+        return OnnxNetwork(path, self._device, self._outputs(component), cache)
+
+    def _outputs(self, component: str) -> tuple[str, ...]:
+        names = OUTPUTS[component]
+        return (
+            names[:1] if component == "text_encoder" and not self._bundle.manifest.pooled else names
+        )
 
 
 class Runner:

@@ -71,8 +71,8 @@ class TextToImage:
             decoded in tiles. It does not follow the memory that is free: a tile rounds otherwise.
 
     Raises:
-        LitappError: the device is not there, or the bundle asks for a sampler or a noise schedule
-            that this version does not have.
+        LitappError: the device is not there, the bundle is a part of a model, or it asks for a
+            sampler or a noise schedule that this version does not have.
     """
 
     def __init__(
@@ -84,6 +84,11 @@ class TextToImage:
         decode_budget: int = DECODE_BUDGET,
     ) -> None:
         providers_for(device)
+        if bundle.manifest.partial:
+            raise LitappError(
+                f"model {bundle.manifest.name} holds only {', '.join(bundle.manifest.components)}:"
+                " parts of a model do not draw"
+            )
         if bundle.manifest.sampler not in SAMPLERS:
             raise LitappError(
                 f"model {bundle.manifest.name} asks for the unknown sampler"
@@ -284,14 +289,15 @@ class TextToImage:
             prompts.append(request.negative_prompt)
         ids, mask = tokenize(self.bundle.tokenizer, prompts, self.bundle.manifest.max_length)
         encode = self._runner("text_encoder")
-        states, pooled = encode(
-            (*ids.shape, -1), (len(ids), -1), input_ids=ids, attention_mask=mask
-        )
-        return {
+        shapes = ((*ids.shape, -1), (len(ids), -1))[: 1 + self.bundle.manifest.pooled]
+        states, *pooled = encode(*shapes, input_ids=ids, attention_mask=mask)
+        text = {
             "encoder_hidden_states": states,
             "encoder_attention_mask": mask,
-            "pooled_projections": pooled,
         }
+        for vector in pooled:
+            text["pooled_projections"] = vector
+        return text
 
     def _denoise(
         self,
@@ -309,7 +315,7 @@ class TextToImage:
         """
         manifest = self.bundle.manifest
         network = self._runner("transformer")
-        batch = len(text["pooled_projections"])
+        batch = len(text["encoder_attention_mask"])
 
         def model(x: NDArray[Any], t: int) -> NDArray[Any]:
             channels, height, width = x.shape[1:]
