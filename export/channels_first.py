@@ -43,7 +43,8 @@ class ChannelsFirstLiT(nn.Module):
         super().__init__()
         config = lit.config
         self.patch = config.patch_size
-        self.positions = _Positions.of(lit, lit.inner_dim, config.positions)
+        base = lit.pos_embed.base_size / lit.pos_embed.interpolation_scale
+        self.positions = _Positions(base, lit.inner_dim, config.positions)
         self.patchify, self.embed = lit.pos_embed.proj, lit.adaln_single.emb
         self.modulate = lit.adaln_single.linear
         self.pooled_projection, self.caption_projection = (
@@ -105,7 +106,8 @@ class ChannelsFirstDiT(nn.Module):
         super().__init__()
         self.patch, self.classes = dit.patch_size, dit.config.num_embeds_ada_norm
         self.shared = dit.config.shared_embedding
-        self.positions = _Positions.of(dit, dit.inner_dim, "stretched")
+        base = dit.config.sample_size // dit.config.patch_size
+        self.positions = _Positions(base, dit.inner_dim, "stretched")
         self.patchify = dit.pos_embed.proj
         blocks = dit.transformer_blocks
         self.embed = nn.ModuleList(block.norm1.emb for block in blocks if block.norm1.emb)
@@ -127,9 +129,7 @@ class ChannelsFirstDiT(nn.Module):
         for i, (block, modulate) in enumerate(zip(self.blocks, self.modulate)):
             x = block(x, _grid(modulate(F.silu(embeddings[0 if self.shared else i]))))
         shift, scale = _grid(self.proj_out_1(F.silu(embeddings[0]))).chunk(2, dim=1)
-        return F.pixel_shuffle(
-            self.proj_out_2(self.norm_out(x) * (1 + scale) + shift), self.patch
-        )
+        return F.pixel_shuffle(self.proj_out_2(self.norm_out(x) * (1 + scale) + shift), self.patch)
 
 
 class _Block(nn.Module):
@@ -150,7 +150,9 @@ class _Block(nn.Module):
         else:
             self.attention = _SelfAttention(block.attn1)
         self.cross = None if cross is None else _CrossAttention(cross)
-        self.mlp = nn.Sequential(_conv(block.ff.net[0].proj), nn.GELU("tanh"), _conv(block.ff.net[2]))
+        self.mlp = nn.Sequential(
+            _conv(block.ff.net[0].proj), nn.GELU("tanh"), _conv(block.ff.net[2])
+        )
 
     def forward(self, x: Tensor, modulation: Tensor, *text: Tensor) -> Tensor:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.chunk(6, dim=1)
@@ -238,11 +240,6 @@ class _Positions(nn.Module):
         frequencies = 10000.0 ** (-torch.arange(dim // 4) / (dim // 4))
         self.register_buffer("frequencies", frequencies.view(1, -1, 1, 1))
 
-    @classmethod
-    def of(cls, network: nn.Module, dim: int, kind: str) -> _Positions:
-        embed = network.pos_embed
-        return cls(embed.base_size / embed.interpolation_scale, dim, kind)
-
     def forward(self, x: Tensor) -> Tensor:
         sides = x.shape[-2:]
         rows, columns = (torch.arange(side, dtype=torch.float32) for side in sides)
@@ -253,7 +250,10 @@ class _Positions(nn.Module):
             lengths = [short, short]
         rows = rows.view(1, 1, -1, 1) * self.base / lengths[0] * self.frequencies
         columns = columns.view(1, 1, 1, -1) * self.base / lengths[1] * self.frequencies
-        across, down = torch.cat([columns.sin(), columns.cos()], 1), torch.cat([rows.sin(), rows.cos()], 1)
+        across, down = (
+            torch.cat([columns.sin(), columns.cos()], 1),
+            torch.cat([rows.sin(), rows.cos()], 1),
+        )
         left, right = x.chunk(2, dim=1)
         return torch.cat([left + across, right + down], dim=1)
 
@@ -284,7 +284,9 @@ def _grid(x: Tensor) -> Tensor:
 def _conv(*layers: nn.Linear) -> nn.Conv2d:
     """Linear layers of one input as one 1x1 convolution."""
     weight = torch.cat([layer.weight for layer in layers])
-    conv = nn.Conv2d(weight.shape[1], len(weight), 1, bias=layers[0].bias is not None, device="meta")
+    conv = nn.Conv2d(
+        weight.shape[1], len(weight), 1, bias=layers[0].bias is not None, device="meta"
+    )
     conv.weight = _constant(weight[:, :, None, None])
     if layers[0].bias is not None:
         conv.bias = _constant(torch.cat([layer.bias for layer in layers]))

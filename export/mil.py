@@ -81,7 +81,9 @@ class MilProgram:
         self._blobs: dict[str, NDArray[np.uint8]] = {}
         unknown = {op.type for op in self.block.operations} - {*OPERATIONS, *_CONSTANTS}
         if unknown:
-            raise ValueError(f"{package} uses operations unknown here: {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"{package} uses operations unknown here: {', '.join(sorted(unknown))}"
+            )
         self._last_use = {
             binding.name: index
             for index, op in enumerate(self.block.operations)
@@ -150,7 +152,9 @@ class MilProgram:
         if kind == STRING:
             return content[0]
         array = (
-            np.frombuffer(content, NUMPY[kind]) if field == "bytes" else np.array(content, NUMPY[kind])
+            np.frombuffer(content, NUMPY[kind])
+            if field == "bytes"
+            else np.array(content, NUMPY[kind])
         )
         return _tensor(array, kind).reshape(_shape(value.type))
 
@@ -218,14 +222,18 @@ def _conv(a: Arguments) -> Tensor:
     if a.get("pad_type", "valid") == "custom":
         sides = _ints(a["pad"])
         if sides[::2] != sides[1::2]:
-            a["x"] = F.pad(a["x"], [n for i in range(spatial)[::-1] for n in sides[2 * i : 2 * i + 2]])
+            a["x"] = F.pad(
+                a["x"], [n for i in range(spatial)[::-1] for n in sides[2 * i : 2 * i + 2]]
+            )
         else:
             padding = tuple(sides[::2])
     elif a.get("pad_type", "valid") != "valid":
         raise ValueError(f"conv with padding {a['pad_type']} is not known here")
     dilations = _ints(a["dilations"]) if "dilations" in a else [1] * spatial
     convolve = {1: F.conv1d, 2: F.conv2d}[spatial]
-    return convolve(a["x"], weight, a.get("bias"), strides, padding, dilations, int(a.get("groups", 1)))
+    return convolve(
+        a["x"], weight, a.get("bias"), strides, padding, dilations, int(a.get("groups", 1))
+    )
 
 
 def _matmul(a: Arguments) -> Tensor:
@@ -241,6 +249,11 @@ def _layer_norm(a: Arguments) -> Tensor:
     shape = [n if i in axes or i - x.ndim in axes else 1 for i, n in enumerate(x.shape)]
     x = x * a["gamma"].reshape(shape) if "gamma" in a else x
     return x + a["beta"].reshape(shape) if "beta" in a else x
+
+
+def _batch_norm(a: Arguments) -> Tensor:
+    statistics = (a["mean"], a["variance"], a.get("gamma"), a.get("beta"))
+    return F.batch_norm(a["x"], *statistics, eps=float(a.get("epsilon", 1e-5)))
 
 
 def _gelu(a: Arguments) -> Tensor:
@@ -337,6 +350,7 @@ def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Arguments
 
 OPERATIONS: dict[str, Callable[[Arguments], Any]] = {
     "add": _binary(torch.add),
+    "batch_norm": _batch_norm,
     "cast": lambda a: a["x"].to(CASTS[a["dtype"]]),
     "clip": lambda a: a["x"].clamp(a["alpha"], a["beta"]),
     "concat": _concat,
@@ -348,6 +362,7 @@ OPERATIONS: dict[str, Callable[[Arguments], Any]] = {
     "fill_like": lambda a: torch.full(a["ref_tensor"].shape, a["value"].item()),
     "gather": _gather,
     "gelu": _gelu,
+    "greater_equal": _binary(torch.ge),
     "identity": lambda a: a["x"],
     "inverse": lambda a: 1 / (a["x"] + a.get("epsilon", 1e-4)),
     "layer_norm": _layer_norm,
@@ -367,6 +382,7 @@ OPERATIONS: dict[str, Callable[[Arguments], Any]] = {
     "relu": _unary(F.relu),
     "reshape": _reshape,
     "rsqrt": lambda a: (a["x"] + a.get("epsilon", 1e-12)).rsqrt(),
+    "select": lambda a: torch.where(a["cond"], a["a"], a["b"]),
     "shape": lambda a: torch.tensor(a["x"].shape, dtype=torch.int32),
     "sigmoid": _unary(torch.sigmoid),
     "silu": _unary(F.silu),

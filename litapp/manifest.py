@@ -64,6 +64,7 @@ class Manifest:
         sampler, steps, guidance, clip_x0: defaults for drawing.
         max_length: text tokens the encoder reads.
         preview: C + 1 rows of 4, see :func:`litapp.preview.project`; None where the model has none.
+        sizes: (width, height) in pixels of the only canvases there are; any where it is empty.
         styles: for the app to offer, name to the words that a prompt then ends with.
         files: by path relative to the bundle, with forward slashes.
     """
@@ -84,6 +85,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     preview: tuple[tuple[float, ...], ...] | None = None
     styles: Mapping[str, str] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 def parse_manifest(raw: Mapping[str, Any], root: Path) -> Manifest:
@@ -139,6 +141,7 @@ def _typed(raw: Mapping[str, Any]) -> Manifest:
         max_length=int(raw["text"]["max_length"]),
         files={k: FileEntry(str(v["sha256"]), int(v["size"])) for k, v in raw["files"].items()},
         preview=None if preview is None else tuple(tuple(map(float, row)) for row in preview),
+        sizes=tuple((int(w), int(h)) for w, h in raw["canvas"].get("sizes") or ()),
         styles={str(k): str(v) for k, v in (raw.get("styles") or {}).items()},
     )
 
@@ -150,6 +153,12 @@ def _component(raw: Mapping[str, Any]) -> Component:
         license=str(raw.get("license", "")),
         parity=dict(raw.get("parity") or {}),
     )
+
+
+def _listed(component: Component) -> str:
+    """The file that the manifest lists for a network: a Core ML package is a folder."""
+    package = component.path.endswith(".mlpackage")
+    return f"{component.path}/Manifest.json" if package else component.path
 
 
 def _check(manifest: Manifest) -> None:
@@ -164,7 +173,7 @@ def _check(manifest: Manifest) -> None:
         if not all(math.isfinite(value) for row in rows for value in row):
             raise ValueError("preview holds NaN or infinite values")
     networks = [*COMPONENTS, *({ENCODER} & set(manifest.components))]
-    needed = [TOKENIZER, SCHEDULER, *(manifest.components[name].path for name in networks)]
+    needed = [TOKENIZER, SCHEDULER, *(_listed(manifest.components[name]) for name in networks)]
     for relative in needed:
         if relative not in manifest.files:
             raise ValueError(f"it does not list {relative}")

@@ -17,7 +17,7 @@ from PIL import Image
 from litapp import __version__
 from litapp.bundle import Bundle, load
 from litapp.canvas import CanvasPlan, cover, fit, plan_canvas
-from litapp.engines import OnnxNetwork, providers_for
+from litapp.engines import Network, check_device, open_network
 from litapp.errors import EXIT_USAGE, Cancelled, LitappError
 from litapp.images import save_png, snap_alpha, to_image
 from litapp.manifest import ENCODER
@@ -63,13 +63,17 @@ class TextToImage:
         resident: keep each network after its first use, until :meth:`unload`. A single picture
             needs less memory without.
 
+    Attributes:
+        on_prepare: called with a component's name before its network is prepared for this computer,
+            which Core ML does the first time and may take a minute.
+
     Raises:
         LitappError: the device is not there, or the bundle asks for a sampler or a noise schedule
             that this version does not have.
     """
 
     def __init__(self, bundle: Bundle, device: str = "auto", *, resident: bool = False) -> None:
-        providers_for(device)
+        check_device(bundle.component("transformer"), device)
         if bundle.manifest.sampler not in SAMPLERS:
             raise LitappError(
                 f"model {bundle.manifest.name} asks for the unknown sampler"
@@ -77,7 +81,8 @@ class TextToImage:
             )
         self.bundle = bundle
         self.device = device
-        self._resident: dict[str, OnnxNetwork] | None = {} if resident else None
+        self.on_prepare: Callable[[str], None] | None = None
+        self._resident: dict[str, Network] | None = {} if resident else None
         self._schedule = NoiseSchedule.from_config(bundle.scheduler_config)
 
     @classmethod
@@ -183,7 +188,7 @@ class TextToImage:
             strength=self.strength_from(init is not None, strength),
         )
         manifest = self.bundle.manifest
-        plan = plan_canvas(width, height, manifest.native, manifest.multiple)
+        plan = plan_canvas(width, height, manifest.native, manifest.multiple, manifest.sizes)
         seconds: dict[str, float] = {}
 
         with _phase("encode", seconds, should_stop):
@@ -208,7 +213,7 @@ class TextToImage:
         manifest = self.bundle.manifest
         if manifest.preview is None:
             return None
-        plan = plan_canvas(width, height, manifest.native, manifest.multiple)
+        plan = plan_canvas(width, height, manifest.native, manifest.multiple, manifest.sizes)
         return preview_image(step.x0[0], manifest.preview, plan)
 
     def _latents(self, init: Image.Image, plan: CanvasPlan) -> Floats:
@@ -219,10 +224,11 @@ class TextToImage:
         width, height = (side // manifest.reduction for side in plan.canvas)
         return _checked(latents, (1, manifest.channels, height, width), "encoder")
 
-    def _network(self, component: str, *outputs: str) -> OnnxNetwork:
+    def _network(self, component: str, *outputs: str) -> Network:
         kept = {} if self._resident is None else self._resident
         if component not in kept:
-            kept[component] = OnnxNetwork(self.bundle.component(component), self.device, outputs)
+            path = self.bundle.component(component)
+            kept[component] = open_network(path, self.device, outputs, self.on_prepare)
         return kept[component]
 
     def _encode(self, request: Request) -> dict[str, NDArray[Any]]:
