@@ -12,6 +12,7 @@ from typing import Any
 from litapp.bundle import Bundle, write_manifest
 from litapp.concepts import CONCEPTS
 from litapp.errors import EXIT_USAGE, LitappError
+from litapp.export.coreml_build import build as build_coreml
 from litapp.export.graphs import Graph, graphs, save_graph
 from litapp.export.parity import PROMPTS, Drawing, Reference, draw, mean_psnr, psnr
 from litapp.export.quantise import (
@@ -37,26 +38,30 @@ MAXIMUM_ERROR = 1e-3
 MINIMUM_PSNR = 35.0
 
 
-def main(target: str, model: Path, precision: str, output: Path) -> None:
+def main(target: str, model: Path, precision: str, output: Path, *, static: bool = False) -> None:
     """Export a trained model and print the folder of the bundle.
 
     Args:
-        target: ``onnx``.
+        target: ``onnx`` or ``coreml``.
         model: see :func:`litapp.export.source.load_source`.
         precision: ``int8`` or ``fp32``. Under ``int8`` each network is made as small and fast as
             keeps the pictures equal to those in fp32, which is measured.
+        static: see :func:`litapp.export.coreml_build.build`; ONNX has no need of it.
         output: the bundle's folder. It appears whole or not at all, and replaces only a bundle.
 
     Raises:
         LitappError: what is asked for is not offered, the model cannot be exported, or the
             exported networks do not compute what torch computes.
     """
-    if target != "onnx":
-        raise LitappError(f"no export target {target!r} yet; use --target onnx", EXIT_USAGE)
-    if precision not in (INT8, FP32):
-        raise LitappError(f"no precision {precision!r}; use int8 or fp32", EXIT_USAGE)
+    if target not in ("onnx", "coreml"):
+        raise LitappError(f"no export target {target!r}; use onnx or coreml", EXIT_USAGE)
     if output.exists() and not _replaceable(output):
         raise LitappError(f"{output} exists and is not a bundle; choose another folder", EXIT_USAGE)
+    if target == "coreml":
+        build_coreml(model, precision, output, static=static)
+        return
+    if precision not in (INT8, FP32):
+        raise LitappError(f"no precision {precision!r}; use int8 or fp32", EXIT_USAGE)
     source = load_source(model)
     report = Report()
     try:

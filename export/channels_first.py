@@ -21,7 +21,7 @@ from litapp.models.attention import SimplifiedLinearAttention
 from litapp.models.dit import LiTDiTTransformer2DModel
 from litapp.models.lit import LiTTransformer2DModel
 
-__all__ = ["ChannelsFirstDiT", "ChannelsFirstLiT"]
+__all__ = ["MASKED", "ChannelsFirstDiT", "ChannelsFirstLiT", "relu_attention"]
 
 # fp16's smallest normal number: a normaliser below it has no digits left, and 0 would give NaN.
 FLOOR = 2.0**-14
@@ -171,22 +171,34 @@ class _LinearAttention(nn.Module):
             raise ValueError("of linear attentions only those with ReLU features are offered")
         self.heads, self.dwc = attention.heads, attention.dwc
         self.qkv = _conv(attention.to_q, attention.to_k, attention.to_v)
-        self.out = _conv(attention.to_out[0])
-        # Twice the root of 1/N, not 1/N once: fp16 has few digits for numbers that small.
-        self.token_scale = tokens**-0.5
-        self.channel_scale = self.token_scale / (attention.to_v.out_features // self.heads)
+        self.out, self.tokens = _conv(attention.to_out[0]), tokens
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         query, key, value = self.qkv(x).chunk(3, dim=1)
         shape = (batch, self.heads, channels // self.heads, -1)
-        q, v = F.relu(query).reshape(shape), value.reshape(shape)
-        k = (F.relu(key) * self.token_scale).reshape(shape)
-        context = v @ k.transpose(-1, -2) * self.channel_scale
-        total = k.sum(-1, keepdim=True) * self.channel_scale
-        normaliser = (total.transpose(-1, -2) @ q).clamp(min=FLOOR)
-        out = (context @ q / normaliser).reshape(batch, channels, height, width)
+        parts = (x.reshape(shape) for x in (query, key, value))
+        out = relu_attention(*parts, self.tokens).reshape(batch, channels, height, width)
         return self.out(out if self.dwc is None else out + self.dwc(value))
+
+
+def relu_attention(query: Tensor, key: Tensor, value: Tensor, tokens: int) -> Tensor:
+    """Linear attention with ReLU features, channels first, within fp16's range.
+
+    Args:
+        query, key, value: (B, heads, d, N).
+        tokens: about N.
+
+    Returns:
+        (B, heads, d, N).
+    """
+    # Twice the root of 1/N, not 1/N once: fp16 has few digits for numbers that small.
+    scale = tokens**-0.5
+    query, key = F.relu(query), F.relu(key) * scale
+    scale = scale / int(query.shape[2])  # a number, where tracing would make it a tensor
+    context = value @ key.transpose(-1, -2) * scale
+    total = key.sum(-1, keepdim=True) * scale
+    return context @ query / (total.transpose(-1, -2) @ query).clamp(min=FLOOR)
 
 
 class _SelfAttention(nn.Module):

@@ -69,6 +69,19 @@ def require_coremltools() -> ModuleType:
     return coremltools
 
 
+def _register_movedim() -> None:
+    """Teach coremltools a torch operation that it lacks (9.0)."""
+    from coremltools.converters.mil import Builder, register_torch_op
+
+    def movedim(context: Any, node: Any) -> None:
+        x, source, target = (context[name] for name in node.inputs)
+        order = [axis for axis in range(x.rank) if axis != source.val % x.rank]
+        order.insert(target.val % x.rank, source.val % x.rank)
+        context.add(Builder.transpose(x=x, perm=order, name=node.name))
+
+    register_torch_op(movedim, override=True)
+
+
 def convert(network: Network, package: Path, precision: str = FP16) -> None:
     """Trace a network and write it as an ML program.
 
@@ -83,6 +96,7 @@ def convert(network: Network, package: Path, precision: str = FP16) -> None:
         LitappError: coremltools has no operation for something in the network.
     """
     ct = require_coremltools()
+    _register_movedim()
     inputs = [
         ct.TensorType(
             name=name,

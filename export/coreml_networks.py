@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
 from torch import Tensor, nn
 from transformers import BertModel, T5EncoderModel
 
 from litapp.errors import LitappError
-from litapp.export.channels_first import MASKED, ChannelsFirstDiT, ChannelsFirstLiT
+from litapp.export.channels_first import (
+    MASKED,
+    ChannelsFirstDiT,
+    ChannelsFirstLiT,
+    relu_attention,
+)
 from litapp.export.coreml import Network
 from litapp.export.graphs import Graph
 from litapp.manifest import ENCODER
@@ -64,7 +71,7 @@ def coreml_network(
     shapes = tuple((batch, channels, h // scale, w // scale) for w, h in sizes)
     inputs = {name: torch.zeros(shapes[0])}
     if component != "transformer":
-        return Network(graph.network, inputs, graph.outputs, name, shapes)
+        return Network(_Autoencoder(graph.network, shapes), inputs, graph.outputs, name, shapes)
     for other, value in list(graph.inputs.items())[1:]:
         shape = (batch, length, *value.shape[2:]) if value.ndim > 1 else (batch,)
         shape = (batch, value.shape[1]) if other == "pooled_projections" else shape
@@ -91,6 +98,47 @@ def _text_encoder(network: nn.Module) -> nn.Module:
     if isinstance(encoder := getattr(network, "encoder", None), T5EncoderModel):
         return _T5(encoder).eval()
     raise LitappError(f"a text encoder {type(network).__name__} cannot be exported for Core ML")
+
+
+class _Autoencoder(nn.Module):
+    """Half of an autoencoder; the linear attention of DC-AE (arXiv 2410.10733) in fp16's range.
+
+    diffusers' own sums over all tokens, which overflows, and its epsilon is 0 in fp16.
+    """
+
+    def __init__(self, network: nn.Module, shapes: Sequence[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.network = network
+        # Attention works on the coarsest levels, whose grid is the latents' or somewhat finer.
+        self.tokens = min(4096, max(h * w for *_, h, w in shapes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [m for m in self.network.modules() if isinstance(m, SanaMultiscaleLinearAttention)]
+        before = [layer.processor for layer in layers]
+        try:
+            for layer in layers:
+                layer.processor = self._attend
+            return self.network(x)
+        finally:
+            for layer, processor in zip(layers, before):
+                layer.processor = processor
+
+    def _attend(self, attn: SanaMultiscaleLinearAttention, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        weight = torch.cat([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight])
+        scales = [F.conv2d(x, weight[:, :, None, None])]
+        scales += [layer(scales[0]) for layer in attn.to_qkv_multiscale]
+        joint = torch.cat(scales, dim=1)
+        groups = joint.shape[1] // (3 * attn.attention_head_dim)
+        parts = joint.reshape(batch, groups, 3 * attn.attention_head_dim, -1).chunk(3, dim=2)
+        out = relu_attention(*parts, self.tokens)
+        out = out.reshape(batch, groups * attn.attention_head_dim, height, width)
+        out = F.conv2d(out, attn.to_out.weight[:, :, None, None])
+        if attn.norm_type == "rms_norm":
+            out = attn.norm_out(out.movedim(1, -1)).movedim(-1, 1)
+        else:
+            out = attn.norm_out(out)
+        return out + x if attn.residual_connection else out
 
 
 def _bias(attention_mask: Tensor) -> Tensor:

@@ -113,6 +113,10 @@ class MilProgram:
                     values.pop(name, None)
         return [values[name].float().numpy() for name in self.outputs]
 
+    def predict(self, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        """Run once, called as coremltools' models are."""
+        return dict(zip(self.outputs, self(**inputs)))
+
     def _run(self, op: Any, values: dict[str, Any]) -> None:
         names = [output.name for output in op.outputs]
         if op.type in _CONSTANTS:

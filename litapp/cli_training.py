@@ -58,10 +58,15 @@ def export(
     model: Annotated[Path, typer.Option(help="Folder of the trained model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
     target: Annotated[str, typer.Option(help="onnx or coreml.")] = "onnx",
-    precision: Annotated[str, typer.Option(help="fp32 or int8.")] = "int8",
+    precision: Annotated[
+        str, typer.Option(help="fp32 or int8; for Core ML fp16 as well.")
+    ] = "int8",
+    static: Annotated[
+        bool, typer.Option("--static", help="Core ML: only the model's own size, no other shapes.")
+    ] = False,
 ) -> None:
     """Turn a trained model into a bundle that `litapp generate` runs."""
-    _main("litapp.export", "export")(target, model, precision, output)
+    _main("litapp.export", "export")(target, model, precision, output, static=static)
 
 
 @app.command("evaluate")

@@ -44,6 +44,8 @@ class CoreMLNetwork:
         device: ``auto``, ``coreml`` or ``cpu``.
         outputs: the outputs to return, in this order.
         on_prepare: called with the name of the package's folder before it is compiled.
+        program: what runs the package in Core ML's place, as an object with ``predict`` from arrays
+            by name to arrays by name; then any system will do.
 
     Raises:
         LitappError: this is no Mac with macOS 14, the device is not one of Core ML's, or the
@@ -56,13 +58,15 @@ class CoreMLNetwork:
         device: str,
         outputs: Sequence[str],
         on_prepare: Callable[[str], None] | None = None,
+        program: Any = None,
     ) -> None:
-        require_macos(device)
+        if program is None:
+            require_macos(device)
         self.path = path
         self._outputs = list(outputs)
         try:
             self._shapes, offered = _description(path)
-            self._program = _program(path, COREML_DEVICES[device], on_prepare)
+            self._program = program or _program(path, COREML_DEVICES[device], on_prepare)
         except LitappError:
             raise
         except Exception as error:  # coremltools raises bare exceptions
@@ -124,6 +128,8 @@ def compiled_models() -> Path:
 
 
 def _coremltools() -> Any:
+    # It tells at length which versions of torch it was tested with.
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
     try:
         import coremltools
     except ModuleNotFoundError as error:
