@@ -331,7 +331,7 @@ def test_engines_refuse_an_unknown_output(load: Open) -> None:
 
 def test_engines_say_in_one_line_what_is_missing(load: Open) -> None:
     network = load(["pooled"])
-    with pytest.raises(LitappError, match="text_encoder.*attention_mask") as caught:
+    with pytest.raises(LitappError, match=r"text_encoder.*attention_mask") as caught:
         network(input_ids=text(1, 3)["input_ids"])
     assert "\n" not in str(caught.value)
 
