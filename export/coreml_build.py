@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def build(
         raise LitappError(f"no precision {precision!r}; use {', '.join(GATE)}", EXIT_USAGE)
     require_coremltools()
     source = load_source(model)
-    fields = source.manifest()
+    fields = source.manifest() | {"versions": _versions()}
     job = _job(source, fields, model, precision, static)
     run = _apart if apart else _here
     try:
@@ -82,6 +83,11 @@ def build(
     except OSError as error:
         raise LitappError(f"cannot write {output}: {error.strerror or error}") from error
     sys.stdout.write(f"{output}\n")
+
+
+def _versions() -> dict[str, str]:
+    # A torch of the CPU calls itself 2.13.0+cpu.
+    return {name: version(name).partition("+")[0] for name in ("litapp", "coremltools", "torch")}
 
 
 def _job(

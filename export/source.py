@@ -1,23 +1,30 @@
-"""What is exported: the folder of a trained model, read and checked before any work starts."""
+"""What is exported: the folder of a trained model, checked before any work starts."""
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from diffusers import ModelMixin
+import transformers
+from diffusers import AutoencoderDC, AutoencoderKL, ModelMixin
+from safetensors import safe_open
 from tokenizers import Tokenizer
+from torch import nn
 
 from litapp.concepts import CONCEPTS, read_concepts
 from litapp.errors import LitappError
 from litapp.export.report import quiet
-from litapp.manifest import COMPONENTS, ENCODER, SCHEDULER, read_json
+from litapp.manifest import COMPONENTS, ENCODER, SCHEDULER, TOKENIZER, read_json
 from litapp.models.autoencoder import SceneAutoencoder
+from litapp.models.dit import LiTDiTTransformer2DModel
 from litapp.models.lit import LiTTransformer2DModel
-from litapp.models.text_encoder import MAX_LENGTH, TextEncoder, load_text_encoder
+from litapp.models.text_encoder import MAX_LENGTH, TextEncoder, load_text_encoder, weights_folder
 from litapp.samplers import SAMPLERS, NoiseSchedule
 
 if sys.version_info >= (3, 11):
@@ -25,91 +32,232 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["ABOUT", "Source", "load_source"]
+__all__ = ["ABOUT", "Source", "load_source", "open_source"]
 
 ABOUT = "model.toml"
 README = "README.md"
-
-Network = TypeVar("Network", bound=ModelMixin)
+# Where a component's checkpoint may stand: our own name, then that of diffusers.
+FOLDERS = {
+    "text_encoder": ("text_encoder",),
+    "transformer": ("transformer",),
+    "vae_decoder": ("autoencoder", "vae"),
+    ENCODER: ("autoencoder", "vae"),
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "text_encoder": {
+        "BertModel": transformers.BertModel,
+        "T5EncoderModel": transformers.T5EncoderModel,
+    },
+    "transformer": {
+        kind.__name__: kind for kind in (LiTTransformer2DModel, LiTDiTTransformer2DModel)
+    },
+    "vae_decoder": {
+        kind.__name__: kind for kind in (SceneAutoencoder, AutoencoderKL, AutoencoderDC)
+    },
+}
+KINDS[ENCODER] = KINDS["vae_decoder"]
+# PixArt-Sigma reads this many tokens of T5 (arXiv 2403.04692, section 3.1).
+T5_LENGTH = 300
 
 
 @dataclass(frozen=True)
 class Source:
-    """A trained model, whole and finite, in eval mode and float32.
+    """A trained model; weights are read, in eval mode and float32, when they are asked for.
 
     Attributes:
-        about: the content of ``model.toml``.
-        scheduler: the content of ``scheduler_config.json``.
+        folders: the checkpoint of each component that is there.
+        about: the content of ``model.toml``; empty where there is none, and the model is then
+            exported as the parts that are there instead of a bundle that draws.
+        scheduler: the content of ``scheduler_config.json``, or empty.
         readme: the model card, where there is one.
         concepts: the ``concepts.json`` of ``litapp evaluate``, where there is one.
     """
 
-    transformer: LiTTransformer2DModel
-    autoencoder: SceneAutoencoder
-    text_encoder: TextEncoder
-    tokenizer: Tokenizer
-    scheduler: dict[str, Any]
+    root: Path
+    folders: dict[str, Path]
     about: dict[str, Any]
+    scheduler: dict[str, Any]
     readme: Path | None
     concepts: Path | None
 
+    @property
+    def components(self) -> list[str]:
+        """The components in the order of drawing, the encoder of pictures last."""
+        return list(self.folders)
+
+    @property
+    def whole(self) -> bool:
+        """The parts make a bundle that draws."""
+        return bool(self.about)
+
+    @cached_property
+    def transformer(self) -> LiTTransformer2DModel | LiTDiTTransformer2DModel:
+        return _load_network("transformer", self.folders["transformer"])
+
+    @cached_property
+    def autoencoder(self) -> SceneAutoencoder | AutoencoderKL | AutoencoderDC:
+        return _load_network("vae_decoder", self.folders["vae_decoder"])
+
+    @cached_property
+    def text_encoder(self) -> nn.Module:
+        """A :class:`TextEncoder`, which pools, or a T5 encoder, which does not."""
+        if self.folders["text_encoder"] != self.root / "text_encoder":
+            with quiet():  # transformers tells at length which weights we leave out
+                return load_text_encoder()[1].float().eval()
+        network = _load_text_encoder(self.folders["text_encoder"])
+        return TextEncoder(network) if isinstance(network, transformers.BertModel) else network
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        path = self.root / TOKENIZER
+        if not path.is_file():
+            return load_text_encoder()[0] if self.whole else None
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the bindings raise bare Exception
+            raise LitappError(f"{path} is damaged: {error}") from error
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The configuration of a component, with what its ``config.json`` leaves to defaults."""
+        folder = self.folders[component]
+        raw = read_json(folder / "config.json")
+        kind = _kind(component, folder)
+        if not issubclass(kind, ModelMixin):
+            return kind.config_class.from_dict(raw).to_dict()
+        parameters = signature(kind.__init__).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty} | raw
+
+    @cached_property
+    def latent_channels(self) -> int:
+        return self.config("vae_decoder")["latent_channels"]
+
+    @cached_property
+    def reduction(self) -> int:
+        """Pixels per latent along one side."""
+        config = self.config("vae_decoder")
+        if "decoder_widths" in config:
+            return config["patch"] * 2 ** (len(config["decoder_widths"]) - 1)
+        widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
+        return 2 ** (len(widths) - 1)
+
     def manifest(self) -> dict[str, Any]:
         """The fields of ``litapp.json`` that do not depend on the precision."""
-        about, reduction = self.about, self.autoencoder.reduction
-        return {
+        about = self.about or {"name": self.root.resolve().name}
+        licenses = about.get("licenses", {})
+        fields: dict[str, Any] = {
             "name": about["name"],
-            "description": about["description"],
-            "source_revision": about["source_revision"],
+            "description": about.get("description", "parts of a model"),
+            "source_revision": about.get("source_revision", ""),
             "components": {
-                name: {"path": f"{name}/model.onnx", "license": about["licenses"][part]}
-                for name, part in [*((n, n) for n in COMPONENTS), (ENCODER, "vae_decoder")]
+                name: {
+                    "path": f"{name}/model.onnx",
+                    "license": licenses.get("vae_decoder" if name == ENCODER else name, ""),
+                }
+                for name in self.components
             },
+        }
+        if not self.whole:
+            return fields | {"partial": True}
+        lit, text = self.config("transformer"), self.config("text_encoder")
+        length = T5_LENGTH if text["model_type"] == "t5" else MAX_LENGTH
+        return fields | {
             "latent": {
-                "channels": self.transformer.config.in_channels,
-                "reduction": reduction,
-                "multiple": reduction * self.transformer.config.patch_size,
+                "channels": lit["in_channels"],
+                "reduction": self.reduction,
+                "multiple": self.reduction * lit["patch_size"],
             },
             "canvas": {"native": about["canvas"]["native"]},
             "sampler": {"clip_x0": None, **about["sampler"]},
-            "text": {"max_length": MAX_LENGTH},
-            "preview": self.autoencoder.config.preview,
+            "text": {"max_length": length, "pooled": bool(lit["pooled_projection_dim"])},
+            "preview": self.config("vae_decoder").get("preview"),
         }
+
+    def digest(self) -> str:
+        """SHA-256 over every file that the export reads."""
+        paths = {path for folder in self.folders.values() for path in folder.glob("*.*")}
+        paths |= {p for p in self.root.glob("*.*") if p.is_file()}
+        paths |= {p for p in (self.root / SCHEDULER, self.root / TOKENIZER) if p.is_file()}
+        digest = hashlib.sha256()
+        for path in sorted(paths):
+            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        return digest.hexdigest()
 
 
 def load_source(root: Path) -> Source:
-    """Read the folder of a trained model.
+    """Look through the folder of a trained model; nothing larger than one weight is held.
 
     Args:
-        root: holds ``transformer/`` and ``autoencoder/`` as ``save_pretrained`` writes them,
-            ``scheduler/scheduler_config.json``, ``model.toml`` and perhaps ``README.md`` and
-            ``concepts.json``.
+        root: holds ``transformer/`` and ``autoencoder/`` (or ``vae/``) as ``save_pretrained``
+            writes them, perhaps ``text_encoder/`` and ``tokenizer/tokenizer.json`` (else the
+            packaged ones), ``scheduler/scheduler_config.json``, ``model.toml`` and perhaps
+            ``README.md`` and ``concepts.json``. Without ``model.toml`` it may hold any of the
+            components, which are then exported as parts.
 
     Raises:
         LitappError: something is missing, damaged, not finite, or the parts do not fit together.
     """
+    source = open_source(root)
+    for component, folder in source.folders.items():
+        _kind(component, folder)
+    if source.whole and (reason := _misfit(source)):
+        raise LitappError(f"{root} cannot be exported: {reason}")
+    for folder in dict.fromkeys(source.folders.values()):
+        _check_finite(folder)
+    return source
+
+
+def open_source(root: Path) -> Source:
+    """As :func:`load_source`, for one that was looked through before."""
     if not root.is_dir():
         raise LitappError(f"there is no folder {root}")
-    about = _load_about(root / ABOUT)
-    scheduler = read_json(root / SCHEDULER)
-    NoiseSchedule.from_config(scheduler)
-    try:
-        with quiet():  # transformers tells at length which weights we leave out
-            tokenizer, text_encoder = load_text_encoder()
-    except FileNotFoundError as error:
-        raise LitappError(str(error)) from error
-    source = Source(
-        transformer=_load_network(LiTTransformer2DModel, root / "transformer"),
-        autoencoder=_load_network(SceneAutoencoder, root / "autoencoder"),
-        text_encoder=text_encoder.float().eval(),
-        tokenizer=tokenizer,
-        scheduler=scheduler,
+    about = _load_about(root / ABOUT) if (root / ABOUT).is_file() else {}
+    scheduler = read_json(root / SCHEDULER) if about or (root / SCHEDULER).is_file() else {}
+    if scheduler:
+        NoiseSchedule.from_config(scheduler)
+    return Source(
+        root=root,
+        folders=_folders(root, bool(about)),
         about=about,
+        scheduler=scheduler,
         readme=_readme(root, about),
         concepts=_concepts(root),
     )
-    if reason := _misfit(source):
-        raise LitappError(f"{root} cannot be exported: {reason}")
-    return source
+
+
+def _folders(root: Path, whole: bool) -> dict[str, Path]:
+    found = {}
+    for component, names in FOLDERS.items():
+        places = [root / name for name in names if (root / name / "config.json").is_file()]
+        if places:
+            found[component] = places[0]
+        elif component == "text_encoder" and whole:
+            try:
+                found[component] = weights_folder()
+            except FileNotFoundError as error:
+                raise LitappError(str(error)) from error
+        elif whole:
+            raise LitappError(f"{root / names[0]} is not a checkpoint: it has no config.json")
+    if not found:
+        places = ", ".join(dict.fromkeys(names[-1] for names in FOLDERS.values()))
+        raise LitappError(f"{root} holds no model: it has none of the folders {places}")
+    return found
+
+
+def _kind(component: str, folder: Path) -> Any:
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name") or (config.get("architectures") or ["nothing"])[0]
+    if component == "text_encoder" and name not in KINDS[component]:
+        # A checkpoint of BERT may name the head that it was trained with.
+        name = {"bert": "BertModel", "t5": "T5EncoderModel"}.get(config.get("model_type"), name)
+    if name not in KINDS[component]:
+        raise LitappError(
+            f"{folder / 'config.json'} names {name}, which cannot be exported; a {component} is"
+            f" one of {', '.join(KINDS[component])}"
+        )
+    return KINDS[component][name]
 
 
 def _load_about(path: Path) -> dict[str, Any]:
@@ -151,37 +299,72 @@ def _concepts(root: Path) -> Path | None:
     return path
 
 
-def _load_network(kind: type[Network], folder: Path) -> Network:
-    if not (folder / "config.json").is_file():
-        raise LitappError(f"{folder} is not a checkpoint: it has no config.json")
+def _check_finite(folder: Path) -> None:
+    """Look at the weights one by one."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise LitappError(f"{folder} is not a checkpoint: it has no .safetensors file")
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 (not a dictionary)
+                    weight = weights.get_tensor(name)
+                    if weight.is_floating_point() and not torch.isfinite(weight).all():
+                        raise LitappError(f"{folder} holds NaN or infinite values, first in {name}")
+        except LitappError:
+            raise
+        except Exception as error:  # safetensors' own
+            raise LitappError(f"cannot load {path}: {str(error)[:300]}") from error
+
+
+def _load_network(component: str, folder: Path) -> Any:
+    return _loaded(
+        folder,
+        _kind(component, folder).from_pretrained,
+        use_safetensors=True,
+        torch_dtype=torch.float32,
+    )
+
+
+def _load_text_encoder(folder: Path) -> Any:
+    kind = _kind("text_encoder", folder)
+    options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32}
+    if kind is transformers.BertModel:
+        options |= {"add_pooling_layer": False, "attn_implementation": "sdpa"}
+    return _loaded(folder, kind.from_pretrained, **options)
+
+
+def _loaded(folder: Path, load: Any, **options: Any) -> Any:
     try:
         with quiet():
-            network, info = kind.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
+            network, info = load(folder, local_files_only=True, output_loading_info=True, **options)
     except Exception as error:  # the loaders' exceptions share no base class
         raise LitappError(f"cannot load {folder}: {str(error)[:300]}") from error
-    # diffusers only warns, and fills what is missing with random numbers.
-    if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
+    # The libraries only warn, and fill what is missing with random numbers.
+    extra = [key for key in info["unexpected_keys"] if not key.startswith(("pooler.", "decoder."))]
+    if wrong := [*info["missing_keys"], *extra]:
         raise LitappError(f"{folder} does not match its config.json: {', '.join(wrong[:3])}")
-    for name, weight in network.state_dict().items():
-        if not torch.isfinite(weight).all():
-            raise LitappError(f"{folder} holds NaN or infinite values, first in {name}")
     return network.float().eval()
 
 
 def _misfit(source: Source) -> str | None:
     """Why the parts cannot be one bundle, if so."""
-    lit, latents = source.transformer.config, source.autoencoder.config
-    text = source.text_encoder.bert.config.hidden_size
-    if lit.use_additional_conditions:
+    if _kind("transformer", source.folders["transformer"]) is LiTDiTTransformer2DModel:
+        return f"it draws classes, not texts: take {ABOUT} away to export its parts"
+    lit, latents = source.config("transformer"), source.config("vae_decoder")
+    text = source.config("text_encoder")
+    width, pools = text.get("d_model", text.get("hidden_size")), text["model_type"] == "bert"
+    if lit["use_additional_conditions"]:
         return "its transformer asks for resolution and aspect ratio, which bundles do not give"
-    if lit.in_channels != latents.latent_channels:
-        return f"transformer of {lit.in_channels} channels, latents of {latents.latent_channels}"
-    if lit.out_channels != 2 * lit.in_channels:
+    if lit["in_channels"] != latents["latent_channels"]:
+        channels = latents["latent_channels"]
+        return f"transformer of {lit['in_channels']} channels, latents of {channels}"
+    if lit["out_channels"] != 2 * lit["in_channels"]:
         return "its transformer does not predict the variance (out_channels = 2 in_channels)"
-    if lit.caption_channels != text or lit.pooled_projection_dim not in (None, text):
-        return f"its transformer does not read the {text} text channels"
-    if latents.latents_mean is None or latents.latents_std is None:
+    if lit["caption_channels"] != width:
+        return f"its transformer does not read the {width} text channels"
+    if lit["pooled_projection_dim"] not in (None, width if pools else None):
+        return "its transformer reads a pooled text that its text encoder does not give"
+    if "latents_mean" in latents and latents["latents_mean"] is None and "patch" in latents:
         return "its autoencoder has no latents_mean and latents_std: finish its training"
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -35,9 +36,12 @@ __all__ = [
     "home",
     "list_bundles",
     "load",
+    "parity_lines",
     "verify",
     "write_manifest",
 ]
+
+_log = logging.getLogger(__name__)
 
 PACKAGED = Path(__file__).parent / "bundles"
 
@@ -111,12 +115,20 @@ def load(name: str | Path) -> Bundle:
     Args:
         name: as for :func:`find`, or the bundle's folder as a ``Path``.
 
+    A bundle that was exported below the parity gate says so in the log.
+
     Raises:
         LitappError: in one line, what is missing, damaged, too new or outside the folder.
     """
     root = name if isinstance(name, Path) else find(name)
     manifest = parse_manifest(read_json(root / MANIFEST), root)
     _check_files(root, manifest)
+    if manifest.below_gate:
+        _log.warning(
+            "note: model %s is below the parity gate: %s",
+            manifest.name,
+            "; ".join(manifest.below_gate),
+        )
     return Bundle(root, manifest, _sha256(root / MANIFEST))
 
 
@@ -152,6 +164,30 @@ def describe(bundle: Bundle, as_json: bool = False) -> list[str]:
     lines = [f"{name + ':':<15}{value}" for name, value in facts.items()]
     for name, about in networks.items():
         lines.append(f"{name + ':':<15}{', '.join(filter(None, about.values()))}")
+    return lines
+
+
+def parity_lines(manifest: Manifest) -> list[str]:
+    """The export's report, as ``litapp.json`` keeps it: a line per network and for the pictures."""
+    lines = []
+    for name, network in manifest.components.items():
+        parity = network.parity
+        facts = [network.precision]
+        if "relative_error" in parity:
+            facts.append(f"error {100 * parity['relative_error']:.2g} %")
+        if "psnr" in parity:
+            facts.append(f"{parity['psnr']:.1f} dB")
+        if "milliseconds" in parity:
+            facts.append(f"{parity['milliseconds']:.1f} ms a call when exported")
+        lines.append(f"{name}: {', '.join(filter(None, facts))}")
+    if manifest.median_psnr is not None:
+        lines.append(f"pictures: {manifest.median_psnr:.1f} dB against fp32, median")
+    if manifest.versions:
+        versions = ", ".join(f"{name} {value}" for name, value in manifest.versions.items())
+        lines.append(f"exported with: {versions}")
+    lines += [f"below the parity gate: {reason}" for reason in manifest.below_gate]
+    if manifest.partial:
+        lines.append("parts only: it does not draw")
     return lines
 
 

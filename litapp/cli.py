@@ -462,14 +462,21 @@ def bench(
 
 
 @models_app.command("list")
-def list_models() -> None:
+def list_models(
+    long: Annotated[
+        bool, typer.Option("--long", help="Print how far each is from its fp32 original too.")
+    ] = False,
+) -> None:
     """Print name, size and folder of each installed model."""
     from litapp import bundle
 
     for name, root in sorted(bundle.list_bundles().items()):
         try:
-            size = sum(entry.size for entry in bundle.load(root).manifest.files.values())
+            manifest = bundle.load(root).manifest
+            size = sum(entry.size for entry in manifest.files.values())
             typer.echo(f"{name}  {size / 1e6:.0f} MB  {root}")
+            for line in bundle.parity_lines(manifest) if long else ():
+                typer.echo(f"    {line}")
         except LitappError as error:
             typer.echo(f"{name}  not usable: {error}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,15 +60,21 @@ def export(
     model: Annotated[Path, typer.Option(help="Folder of the trained model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
     target: Annotated[str, typer.Option(help="onnx or coreml.")] = "onnx",
-    precision: Annotated[
-        str, typer.Option(help="fp32 or int8; for Core ML fp16 as well.")
-    ] = "int8",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or (ONNX) int4.")] = "int8",
     static: Annotated[
         bool, typer.Option("--static", help="Core ML: only the model's own size, no other shapes.")
     ] = False,
+    allow_below_gate: Annotated[
+        bool,
+        typer.Option(
+            "--allow-below-gate", help="Keep what loses more than the parity gate allows."
+        ),
+    ] = False,
 ) -> None:
     """Turn a trained model into a bundle that `litapp generate` runs."""
-    _main("litapp.export", "export")(target, model, precision, output, static=static)
+    with _needs("export"):
+        main = import_module("litapp.export").main
+        main(target, model, precision, output, allow_below_gate=allow_below_gate, static=static)
 
 
 @app.command("evaluate")
@@ -123,8 +131,14 @@ def _main(module: str, extra: str) -> Any:
 
 
 def _module(module: str, extra: str) -> Any:
-    try:
+    with _needs(extra):
         return import_module(module)
+
+
+@contextmanager
+def _needs(extra: str) -> Iterator[None]:
+    try:
+        yield
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "litapp":
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,13 @@ SCHEDULER = "scheduler/scheduler_config.json"
 COMPONENTS = ("text_encoder", "transformer", "vae_decoder")
 # A bundle without it draws, but not from a picture.
 ENCODER = "vae_encoder"
+
+_NOT_DRAWING = {
+    "latent": {"channels": 0, "reduction": 0, "multiple": 0},
+    "canvas": {"native": 0},
+    "sampler": {"name": "", "steps": 0, "guidance": 0},
+    "text": {"max_length": 0},
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,11 @@ class Manifest:
         preview: C + 1 rows of 4, see :func:`litapp.preview.project`; None where the model has none.
         sizes: (width, height) in pixels of the only canvases there are; any where it is empty.
         styles: for the app to offer, name to the words that a prompt then ends with.
+        pooled: the transformer reads the pooled text beside the token states.
+        partial: parts of a model, which do not draw: what describes drawing is 0 or empty.
+        median_psnr: dB of pictures against those in fp32 at equal seeds; None if not measured.
+        below_gate: what of the export's parity gate was not met and allowed, in words.
+        versions: of the exporter and its libraries, and the ``opset``.
         files: by path relative to the bundle, with forward slashes.
     """
 
@@ -86,6 +99,11 @@ class Manifest:
     preview: tuple[tuple[float, ...], ...] | None = None
     styles: Mapping[str, str] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ()
+    pooled: bool = True
+    partial: bool = False
+    median_psnr: float | None = None
+    below_gate: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_manifest(raw: Mapping[str, Any], root: Path) -> Manifest:
@@ -124,7 +142,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _typed(raw: Mapping[str, Any]) -> Manifest:
+    if partial := raw.get("partial") is True:
+        raw = {**_NOT_DRAWING, **raw}
     clip_x0, preview = raw["sampler"].get("clip_x0"), raw.get("preview")
+    parity = raw.get("parity") or {}
+    pictures = [float(image["psnr"]) for image in parity.get("images", [])]
     return Manifest(
         name=str(raw["name"]),
         description=str(raw["description"]),
@@ -143,6 +165,11 @@ def _typed(raw: Mapping[str, Any]) -> Manifest:
         preview=None if preview is None else tuple(tuple(map(float, row)) for row in preview),
         sizes=tuple((int(w), int(h)) for w, h in raw["canvas"].get("sizes") or ()),
         styles={str(k): str(v) for k, v in (raw.get("styles") or {}).items()},
+        pooled=bool(raw["text"].get("pooled", True)),
+        partial=partial,
+        median_psnr=statistics.median(pictures) if pictures else None,
+        below_gate=tuple(map(str, parity.get("below_gate") or ())),
+        versions={str(k): str(v) for k, v in (raw.get("versions") or {}).items()},
     )
 
 
@@ -162,6 +189,11 @@ def _listed(component: Component) -> str:
 
 
 def _check(manifest: Manifest) -> None:
+    for component in manifest.components.values():
+        if _listed(component) not in manifest.files:
+            raise ValueError(f"it does not list {component.path}")
+    if manifest.partial:
+        return
     for name in ("channels", "reduction", "multiple", "native", "steps", "max_length"):
         if getattr(manifest, name) < 1:
             raise ValueError(f"{name} must be positive")
@@ -172,8 +204,7 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"preview is not of {manifest.channels + 1} rows of 4 numbers")
         if not all(math.isfinite(value) for row in rows for value in row):
             raise ValueError("preview holds NaN or infinite values")
-    networks = [*COMPONENTS, *({ENCODER} & set(manifest.components))]
-    needed = [TOKENIZER, SCHEDULER, *(_listed(manifest.components[name]) for name in networks)]
+    needed = [TOKENIZER, SCHEDULER, *(_listed(manifest.components[name]) for name in COMPONENTS)]
     for relative in needed:
         if relative not in manifest.files:
             raise ValueError(f"it does not list {relative}")

@@ -68,11 +68,16 @@ class TextToImage:
             which Core ML does the first time and may take a minute.
 
     Raises:
-        LitappError: the device is not there, or the bundle asks for a sampler or a noise schedule
-            that this version does not have.
+        LitappError: the device is not there, the bundle is a part of a model, or it asks for a
+            sampler or a noise schedule that this version does not have.
     """
 
     def __init__(self, bundle: Bundle, device: str = "auto", *, resident: bool = False) -> None:
+        if bundle.manifest.partial:
+            raise LitappError(
+                f"model {bundle.manifest.name} holds only {', '.join(bundle.manifest.components)}:"
+                " parts of a model do not draw"
+            )
         check_device(bundle.component("transformer"), device)
         if bundle.manifest.sampler not in SAMPLERS:
             raise LitappError(
@@ -237,13 +242,16 @@ class TextToImage:
         if request.guidance != 1:
             prompts.append(request.negative_prompt)
         ids, mask = tokenize(self.bundle.tokenizer, prompts, self.bundle.manifest.max_length)
-        network = self._network("text_encoder", "last_hidden_state", "pooled")
-        states, pooled = network(input_ids=ids, attention_mask=mask)
-        return {
+        outputs = ("last_hidden_state", "pooled")[: 1 + self.bundle.manifest.pooled]
+        network = self._network("text_encoder", *outputs)
+        states, *pooled = network(input_ids=ids, attention_mask=mask)
+        text = {
             "encoder_hidden_states": _checked(states, (*ids.shape, -1), "text encoder"),
             "encoder_attention_mask": mask,
-            "pooled_projections": _checked(pooled, (len(ids), -1), "text encoder"),
         }
+        for vector in pooled:
+            text["pooled_projections"] = _checked(vector, (len(ids), -1), "text encoder")
+        return text
 
     def _denoise(
         self,
@@ -261,7 +269,7 @@ class TextToImage:
         """
         manifest = self.bundle.manifest
         network = self._network("transformer", "sample")
-        batch = len(text["pooled_projections"])
+        batch = len(text["encoder_attention_mask"])
 
         def model(x: NDArray[Any], t: int) -> NDArray[Any]:
             (output,) = network(

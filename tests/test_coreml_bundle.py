@@ -29,7 +29,9 @@ from litapp.export.coreml import COMPRESSIONS, FP32, convert
 from litapp.export.coreml import Network as Traced
 from litapp.export.mil import MilProgram
 from litapp.models.autoencoder import SceneAutoencoder
+from litapp.models.dit import LiTDiTTransformer2DModel
 from litapp.models.lit import LiTTransformer2DModel
+from litapp.models.sizes import dit_config
 from litapp.models.text_encoder import TextEncoder
 
 CHANNELS, TEXT, LENGTH = 4, 32, 12
@@ -158,8 +160,21 @@ def test_the_bundle_is_whole_and_within_the_gate(built: Path) -> None:
         assert component.parity["psnr"] >= 50
         assert all(f"{component.path}/{file}" in manifest.files for file in PACKAGE_FILES)
     parity = json.loads((built / "litapp.json").read_text())["parity"]
-    assert len(parity["images"]) == 6
+    assert len(parity["images"]) == len(coreml_parity.PROMPTS)
     assert parity["median_psnr"] >= 40 and parity["below_gate"] == []
+
+
+def test_parts_of_a_model_are_exported_as_parts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 1, "linear_heads": 2}
+    network = LiTDiTTransformer2DModel(**{**dit_config("S", classes=10), **size})
+    network.initialise()
+    network.save_pretrained(tmp_path / "parts/transformer")
+    coreml_build.build(tmp_path / "parts", "fp16", tmp_path / "out", static=True, apart=False)
+    manifest = bundle.load(tmp_path / "out").manifest
+    assert manifest.partial and list(manifest.components) == ["transformer"]
+    program = MilProgram(tmp_path / "out/transformer/model.mlpackage")
+    assert program.inputs["hidden_states"] == (2, 4, 32, 32)
 
 
 @pytest.mark.skipif(MAC, reason="a Mac draws with it")
