@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from litapp.engines.external_data import external_data_locations
+from litapp.engines.external_data import blob_locations, external_data_locations
 from litapp.errors import EXIT_USAGE, LitappError
 from litapp.manifest import (
     MANIFEST,
@@ -230,8 +230,11 @@ def _check_files(root: Path, manifest: Manifest) -> None:
                 f"model {manifest.name}: {relative} is {size} bytes instead of {entry.size};"
                 " install it again"
             )
-    for relative in (name for name in manifest.files if name.endswith(".onnx")):
-        for location in external_data_locations(root / relative):
+    for relative in (name for name in manifest.files if name.endswith((".onnx", ".mlmodel"))):
+        onnx = relative.endswith(".onnx")
+        for location in (external_data_locations if onnx else blob_locations)(root / relative):
+            # "@model_path" is Core ML's name for the folder of the model file.
+            location = location if onnx else location.removeprefix("@model_path/")
             data = (PurePosixPath(relative).parent / location).as_posix()
             _inside(root, data)
             if data not in manifest.files:

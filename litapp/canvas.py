@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from litapp.errors import EXIT_USAGE, LitappError
 
 __all__ = ["CanvasPlan", "cover", "fit", "nearest_shape", "plan_canvas"]
 
@@ -21,15 +24,31 @@ class CanvasPlan(NamedTuple):
     size: Size
 
 
-def plan_canvas(width: int, height: int, native: int, multiple: int) -> CanvasPlan:
+def plan_canvas(
+    width: int, height: int, native: int, multiple: int, sizes: Sequence[Size] = ()
+) -> CanvasPlan:
     """Plan a picture of ``width`` x ``height`` for a model trained with long sides of ``native``.
 
     A smaller request is drawn at ``native`` and reduced, so that it is a sharp small picture and
     not one of a size the model never saw. Canvas sides are multiples of ``multiple``.
+
+    Args:
+        sizes: where there are any, the canvas is the smallest of these that holds the picture.
+
+    Raises:
+        LitappError: none of them does.
     """
     scale = max(1.0, native / max(width, height))
     crop = (round(width * scale), round(height * scale))
     canvas = (_round_up(crop[0], multiple), _round_up(crop[1], multiple))
+    if sizes:
+        holding = [size for size in sizes if size[0] >= crop[0] and size[1] >= crop[1]]
+        if not holding:
+            named = ", ".join(f"{w}x{h}" for w, h in sizes)
+            raise LitappError(
+                f"this model has no canvas for {width}x{height}, only {named}", EXIT_USAGE
+            )
+        canvas = min(holding, key=lambda size: size[0] * size[1])
     return CanvasPlan(canvas, crop, (width, height))
 
 

@@ -60,7 +60,10 @@ def export(
     model: Annotated[Path, typer.Option(help="Folder of the trained model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")],
     target: Annotated[str, typer.Option(help="onnx or coreml.")] = "onnx",
-    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or int4.")] = "int8",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 or (ONNX) int4.")] = "int8",
+    static: Annotated[
+        bool, typer.Option("--static", help="Core ML: only the model's own size, no other shapes.")
+    ] = False,
     allow_below_gate: Annotated[
         bool,
         typer.Option(
@@ -71,7 +74,7 @@ def export(
     """Turn a trained model into a bundle that `litapp generate` runs."""
     with _needs("export"):
         main = import_module("litapp.export").main
-        main(target, model, precision, output, allow_below_gate=allow_below_gate)
+        main(target, model, precision, output, allow_below_gate=allow_below_gate, static=static)
 
 
 @app.command("evaluate")

@@ -75,6 +75,7 @@ class Manifest:
         sampler, steps, guidance, clip_x0: defaults for drawing.
         max_length: text tokens the encoder reads.
         preview: C + 1 rows of 4, see :func:`litapp.preview.project`; None where the model has none.
+        sizes: (width, height) in pixels of the only canvases there are; any where it is empty.
         styles: for the app to offer, name to the words that a prompt then ends with.
         pooled: the transformer reads the pooled text beside the token states.
         partial: parts of a model, which do not draw: what describes drawing is 0 or empty.
@@ -102,6 +103,7 @@ class Manifest:
     styles: Mapping[str, str] = field(default_factory=dict)
     halo: int | None = None
     cell_bytes: Mapping[str, int] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ()
     pooled: bool = True
     partial: bool = False
     median_psnr: float | None = None
@@ -166,6 +168,7 @@ def _typed(raw: Mapping[str, Any]) -> Manifest:
         max_length=int(raw["text"]["max_length"]),
         files={k: FileEntry(str(v["sha256"]), int(v["size"])) for k, v in raw["files"].items()},
         preview=None if preview is None else tuple(tuple(map(float, row)) for row in preview),
+        sizes=tuple((int(w), int(h)) for w, h in raw["canvas"].get("sizes") or ()),
         styles={str(k): str(v) for k, v in (raw.get("styles") or {}).items()},
         halo=None if raw["latent"].get("halo") is None else int(raw["latent"]["halo"]),
         cell_bytes={str(k): int(v) for k, v in (raw["latent"].get("cell_bytes") or {}).items()},
@@ -186,9 +189,15 @@ def _component(raw: Mapping[str, Any]) -> Component:
     )
 
 
+def _listed(component: Component) -> str:
+    """The file that the manifest lists for a network: a Core ML package is a folder."""
+    package = component.path.endswith(".mlpackage")
+    return f"{component.path}/Manifest.json" if package else component.path
+
+
 def _check(manifest: Manifest) -> None:
     for component in manifest.components.values():
-        if component.path not in manifest.files:
+        if _listed(component) not in manifest.files:
             raise ValueError(f"it does not list {component.path}")
     if manifest.partial:
         return
@@ -204,7 +213,7 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"preview is not of {manifest.channels + 1} rows of 4 numbers")
         if not all(math.isfinite(value) for row in rows for value in row):
             raise ValueError("preview holds NaN or infinite values")
-    needed = [TOKENIZER, SCHEDULER, *(manifest.components[name].path for name in COMPONENTS)]
+    needed = [TOKENIZER, SCHEDULER, *(_listed(manifest.components[name]) for name in COMPONENTS)]
     for relative in needed:
         if relative not in manifest.files:
             raise ValueError(f"it does not list {relative}")

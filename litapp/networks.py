@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from litapp.bundle import Bundle, home
-from litapp.engines import GraphCache, OnnxNetwork, providers_for
+from litapp.engines import GraphCache, Network, open_network, providers_for
 from litapp.errors import LitappError
 from litapp.manifest import ENCODER
 
@@ -29,12 +29,17 @@ _log = logging.getLogger(__name__)
 
 
 class Networks:
-    """The networks of ``bundle`` on ``device``, by component; for one thread to use."""
+    """The networks of ``bundle`` on ``device``, by component; for one thread to use.
 
-    def __init__(self, bundle: Bundle, device: str) -> None:
+    Args:
+        prepare: as ``on_prepare`` of :func:`litapp.engines.open_network`; any thread calls it.
+    """
+
+    def __init__(self, bundle: Bundle, device: str, prepare: Callable[[str], None]) -> None:
         self._bundle = bundle
         self._device = device
-        self._read: dict[str, Future[OnnxNetwork]] = {}
+        self._prepare = prepare
+        self._read: dict[str, Future[Network]] = {}
         # Two: each reads on one core, and the first is the one that is waited for.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="litapp-read")
 
@@ -43,12 +48,12 @@ class Networks:
         if component not in self._read:
             self._read[component] = self._threads.submit(self._load, component)
 
-    def get(self, component: str) -> OnnxNetwork:
+    def get(self, component: str) -> Network:
         """A network, read now if need be. Raises LitappError where it cannot be loaded."""
         self.ahead(component)
         return self._read[component].result()
 
-    def spare(self, component: str) -> OnnxNetwork:
+    def spare(self, component: str) -> Network:
         """Exchange a network that gave NaN for one that is more exact.
 
         That is its ``model_fp32.onnx`` on the CPU where the bundle has one, else the same file on
@@ -67,8 +72,8 @@ class Networks:
                 " try another seed, a lower guidance or --device cpu"
             )
         _log.warning("note: the %s returned NaN; it runs in fp32 now", _name(component))
-        network: Future[OnnxNetwork] = Future()
-        network.set_result(OnnxNetwork(path, "cpu", self._outputs(component)))
+        network: Future[Network] = Future()
+        network.set_result(open_network(path, "cpu", self._outputs(component)))
         self._read[component] = network
         return network.result()
 
@@ -78,9 +83,9 @@ class Networks:
             if waiting := self._read.pop(component, None):
                 waiting.cancel()
 
-    def _load(self, component: str) -> OnnxNetwork:
+    def _load(self, component: str) -> Network:
         path, cache = self._bundle.component(component), GraphCache(home() / "cache" / "graphs")
-        return OnnxNetwork(path, self._device, self._outputs(component), cache)
+        return open_network(path, self._device, self._outputs(component), self._prepare, cache)
 
     def _outputs(self, component: str) -> tuple[str, ...]:
         names = OUTPUTS[component]
@@ -97,9 +102,7 @@ class Runner:
         spare: see :meth:`Networks.spare`; asked for once, where something is NaN or infinite.
     """
 
-    def __init__(
-        self, component: str, network: OnnxNetwork, spare: Callable[[str], OnnxNetwork]
-    ) -> None:
+    def __init__(self, component: str, network: Network, spare: Callable[[str], Network]) -> None:
         self._component = component
         self._network = network
         self._spare = spare

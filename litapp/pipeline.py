@@ -17,7 +17,7 @@ from PIL import Image
 from litapp import __version__
 from litapp.bundle import Bundle, load
 from litapp.canvas import CanvasPlan, cover, fit, plan_canvas
-from litapp.engines import OnnxNetwork, providers_for
+from litapp.engines import Network, check_device
 from litapp.errors import EXIT_USAGE, Cancelled, LitappError
 from litapp.images import save_png, snap_alpha, to_image
 from litapp.manifest import ENCODER
@@ -70,6 +70,10 @@ class TextToImage:
         decode_budget: bytes that decoding may take beside its weights; above, the picture is
             decoded in tiles. It does not follow the memory that is free: a tile rounds otherwise.
 
+    Attributes:
+        on_prepare: called with a component's name before its network is prepared for this computer,
+            which Core ML does the first time and may take a minute.
+
     Raises:
         LitappError: the device is not there, the bundle is a part of a model, or it asks for a
             sampler or a noise schedule that this version does not have.
@@ -83,12 +87,12 @@ class TextToImage:
         resident: bool = False,
         decode_budget: int = DECODE_BUDGET,
     ) -> None:
-        providers_for(device)
         if bundle.manifest.partial:
             raise LitappError(
                 f"model {bundle.manifest.name} holds only {', '.join(bundle.manifest.components)}:"
                 " parts of a model do not draw"
             )
+        check_device(bundle.component("transformer"), device)
         if bundle.manifest.sampler not in SAMPLERS:
             raise LitappError(
                 f"model {bundle.manifest.name} asks for the unknown sampler"
@@ -97,8 +101,9 @@ class TextToImage:
         self.bundle = bundle
         self.device = device
         self.decode_budget = decode_budget
+        self.on_prepare: Callable[[str], None] | None = None
         self._resident = resident
-        self._networks = Networks(bundle, device)
+        self._networks = Networks(bundle, device, self._prepare)
         self._ahead = reads_ahead(bundle)
         self._schedule = NoiseSchedule.from_config(bundle.scheduler_config)
 
@@ -210,7 +215,7 @@ class TextToImage:
             strength=self.strength_from(init is not None, strength),
         )
         manifest = self.bundle.manifest
-        plan = plan_canvas(width, height, manifest.native, manifest.multiple)
+        plan = plan_canvas(width, height, manifest.native, manifest.multiple, manifest.sizes)
         seconds: dict[str, float] = {}
 
         with self._phase("encode", seconds, should_stop, "text_encoder"):
@@ -235,7 +240,7 @@ class TextToImage:
         manifest = self.bundle.manifest
         if manifest.preview is None:
             return None
-        plan = plan_canvas(width, height, manifest.native, manifest.multiple)
+        plan = plan_canvas(width, height, manifest.native, manifest.multiple, manifest.sizes)
         return preview_image(step.x0[0], manifest.preview, plan)
 
     def _latents(self, init: Image.Image, plan: CanvasPlan) -> Floats:
@@ -249,12 +254,16 @@ class TextToImage:
         )
         return latents
 
-    def _network(self, component: str, *outputs: str) -> OnnxNetwork:
+    def _network(self, component: str, *outputs: str) -> Network:
         """A network that returns ``outputs``; those that come after it are read meanwhile."""
         if self._ahead and component in AHEAD:
             for later in AHEAD[AHEAD.index(component) :]:
                 self._networks.ahead(later)
         return self._networks.get(component)
+
+    def _prepare(self, component: str) -> None:
+        if self.on_prepare:
+            self.on_prepare(component)
 
     def _runner(self, component: str) -> Runner:
         network = self._network(component, *OUTPUTS[component])

@@ -50,6 +50,8 @@ class Job:
         state: ``queued``, ``running``, ``done``, ``cancelled`` or ``failed``.
         step: finished steps of the picture being drawn, of ``request.steps``.
         eta: seconds until the job is done, None while that is not known.
+        preparing: the network that is being prepared for this computer, which Core ML does the
+            first time; empty while none is.
         preview: WebP of the picture being drawn, None where there is none yet.
         pictures: history ids of the finished pictures.
         error: why it failed, in one line.
@@ -62,6 +64,7 @@ class Job:
     state: str = QUEUED
     step: int = 0
     eta: float | None = None
+    preparing: str = ""
     preview: bytes | None = None
     pictures: tuple[str, ...] = ()
     error: str = ""
@@ -93,6 +96,7 @@ class Worker:
         self._warm = warm
         self.ready = threading.Event()
         self._tail = 0.0  # seconds of a picture's work outside the steps, as last measured
+        model.on_prepare = self._prepare
         self._thread = threading.Thread(target=self._run, name="litapp-worker", daemon=True)
         self._thread.start()
 
@@ -223,7 +227,7 @@ class Worker:
                 self.model.unload()
             self._cancelled.discard(job.id)
             give_back()
-            self._update(job.id, state=state, error=error, preview=None, eta=None)
+            self._update(job.id, state=state, error=error, preview=None, eta=None, preparing="")
 
     def _next(self) -> Job | None:
         """Wait for the oldest queued job and mark it running; None when closing."""
@@ -290,9 +294,14 @@ class Worker:
                 buffer = io.BytesIO()
                 image.save(buffer, format="WEBP", quality=80, method=0)
                 preview = buffer.getvalue()
-            self._update(job.id, step=step.index, eta=eta, preview=preview)
+            self._update(job.id, step=step.index, eta=eta, preview=preview, preparing="")
 
         return on_step
+
+    def _prepare(self, component: str) -> None:
+        for job in self.jobs():
+            if job.state == RUNNING:
+                self._update(job.id, preparing=component)
 
     def _update(self, key: str, **changes: Any) -> None:
         with self._changed:

@@ -32,9 +32,14 @@ class TextEncoder(nn.Module):
         entries are of unit order.
         """
         states = self.bert(input_ids, attention_mask).last_hidden_state
-        mask = attention_mask[..., None].to(states.dtype)
-        mean = (states * mask).sum(1) / mask.sum(1)
-        return states, mean * (states.shape[-1] ** 0.5) / mean.norm(dim=-1, keepdim=True)
+        return states, pool(states, attention_mask)
+
+
+def pool(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, C) mean over unmasked tokens of (B, L, C), scaled to length sqrt(C)."""
+    mask = attention_mask[..., None].to(states.dtype)
+    mean = (states * mask).sum(1) / mask.sum(1)
+    return mean * (states.shape[-1] ** 0.5) / mean.norm(dim=-1, keepdim=True)
 
 
 def weights_folder() -> Path:

@@ -544,7 +544,7 @@ def test_a_model_without_measured_concepts_can_be_exported(model: Path, tmp_path
 
 
 def test_what_is_not_offered_is_refused(model: Path, tmp_path: Path) -> None:
-    for target, precision in (("coreml", "int8"), ("onnx", "int3")):
+    for target, precision in (("tensorrt", "int8"), ("onnx", "int3"), ("coreml", "int3")):
         with pytest.raises(LitappError, match=r"no export target|no precision"):
             export.main(target, model, precision, tmp_path / "out")
     (tmp_path / "photos").mkdir()

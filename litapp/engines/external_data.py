@@ -1,7 +1,8 @@
-"""Which other files an ``.onnx`` file reads, found without the ``onnx`` package.
+"""Which other files a model file reads, found without the ``onnx`` package or coremltools.
 
-A model may keep its weights in files named by ``TensorProto.external_data``, and the runtime opens
-whatever is named there. The protobuf wire format is simple enough to walk for those names alone.
+A model may keep its weights in files named by ``TensorProto.external_data`` (ONNX) or by
+``Value.BlobFileValue`` (Core ML), and the runtime opens whatever is named there. The protobuf wire
+format is simple enough to walk for those names alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from litapp.errors import LitappError
 
-__all__ = ["external_data_locations"]
+__all__ = ["blob_locations", "external_data_locations"]
 
 Fields = dict[int, "Fields"]
 
@@ -35,6 +36,17 @@ _FUNCTION: Fields = {7: _NODE, 11: _ATTRIBUTE}
 _TRAINING: Fields = {1: _GRAPH, 2: _GRAPH}
 _MODEL: Fields = {7: _GRAPH, 20: _TRAINING, 25: _FUNCTION}
 
+# MIL.proto, from Model.proto's field 502: the numbers that lead to every file named in a program.
+# A map is a list of entries whose field 2 is the value.
+_NAME: Fields = {}
+_VALUE: Fields = {5: {1: _NAME}}
+_VALUE[3] = {part: {1: _VALUE} for part in (2, 3)}  # tuples and lists
+_VALUE[3][4] = {1: {1: _VALUE, 2: _VALUE}}
+_NAMED: Fields = {2: _VALUE}
+_BLOCK: Fields = {4: _NAMED}
+_BLOCK[3] = {2: {2: {1: _NAMED}}, 4: _BLOCK, 5: _NAMED}
+_PROGRAM: Fields = {502: {2: {2: {3: {2: _BLOCK}, 4: _NAMED}}, 4: _NAMED}}
+
 
 def external_data_locations(path: Path) -> set[str]:
     """The ``location`` of every external tensor in the ``.onnx`` file ``path``, as written there.
@@ -42,11 +54,24 @@ def external_data_locations(path: Path) -> set[str]:
     Raises:
         LitappError: the file is not a well-formed protobuf message.
     """
+    return _read(path, _MODEL, "an ONNX file")
+
+
+def blob_locations(path: Path) -> set[str]:
+    """The name of every weight file in the ``.mlmodel`` file of a Core ML package, as written.
+
+    Raises:
+        LitappError: the file is not a well-formed protobuf message.
+    """
+    return _read(path, _PROGRAM, "a Core ML model")
+
+
+def _read(path: Path, fields: Fields, kind: str) -> set[str]:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return set(_locations(data, 0, len(data), _MODEL))
+            return set(_locations(data, 0, len(data), fields))
     except (ValueError, IndexError, RecursionError) as error:
-        raise LitappError(f"{path} is not an ONNX file or is damaged") from error
+        raise LitappError(f"{path} is not {kind} or is damaged") from error
 
 
 def _locations(data: mmap.mmap, start: int, end: int, fields: Fields) -> Iterator[str]:
@@ -56,6 +81,8 @@ def _locations(data: mmap.mmap, start: int, end: int, fields: Fields) -> Iterato
             entry = {n: bytes(data[b:s]) for n, b, s in _messages(data, begin, stop)}
             if entry.get(1) == b"location":
                 yield entry.get(2, b"").decode()
+        elif inner is _NAME:
+            yield bytes(data[begin:stop]).decode()
         elif inner is not None:
             yield from _locations(data, begin, stop, inner)
 
@@ -78,7 +105,7 @@ def _messages(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, i
             yield number, position, position + length
             position += length
         else:
-            raise ValueError(f"wire type {wire_type} is not used by ONNX")
+            raise ValueError(f"wire type {wire_type} is not in use")
     if position != end:
         raise ValueError("the message is cut short")
 

@@ -84,6 +84,9 @@ class JobState(BaseModel):
     step: int = Field(description="Finished steps of the picture being drawn.")
     steps: int
     eta_seconds: float | None = Field(description="Until the job is done; null if not known.")
+    preparing: str = Field(
+        description="The network being prepared for this computer, the first time; else empty."
+    )
     preview: str | None = Field(description="A data: URL of the picture being drawn.")
     pictures: list[str] = Field(description="Ids of finished pictures, in order.")
     error: str = Field(description="Why it failed; empty otherwise.")
@@ -106,6 +109,7 @@ class JobState(BaseModel):
             step=job.step,
             steps=request.drawn_steps,
             eta_seconds=job.eta,
+            preparing=job.preparing,
             preview=preview and f"data:image/webp;base64,{base64.b64encode(preview).decode()}",
             pictures=list(job.pictures),
             error=job.error,

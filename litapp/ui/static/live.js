@@ -105,6 +105,10 @@ window.litapp ??= (() => {
 
   function status(job) {
     const part = job.count > 1 ? `Picture ${Math.min(job.pictures.length + 1, job.count)} of ${job.count}, ` : "";
+    if (job.preparing) {
+      const network = job.preparing.replaceAll("_", " ");
+      return `${part}${part ? "p" : "P"}reparing the ${network} for this Mac, only this once`;
+    }
     if (job.step === 0) return `${part}${part ? "r" : "R"}eading the prompt`;
     if (job.step === job.steps) return `${part}${part ? "f" : "F"}inishing`;
     const left = duration(job.eta_seconds);

@@ -1,0 +1,273 @@
+"""The steps of a Core ML export: torch's answers, a package that comes close to them, pictures.
+
+Without a Mac the packages run in :mod:`litapp.export.mil`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from litapp.bundle import Bundle
+from litapp.engines import CoreMLNetwork
+from litapp.export.coreml import COMPRESSIONS, FP16, FP32, Network, compress, convert
+from litapp.export.coreml_networks import coreml_network
+from litapp.export.graphs import Graph, graphs
+from litapp.export.mil import MilProgram
+from litapp.export.parity import PROMPTS
+from litapp.export.source import load_source
+from litapp.manifest import COMPONENTS, ENCODER, SCHEMA_VERSION, parse_manifest
+from litapp.pipeline import TextToImage
+
+__all__ = ["PROMPTS", "Job", "compare_pictures", "make_component", "psnr", "record"]
+
+# Weights of 6 bits are kept where they cost no more than this.
+SMALLEST_PSNR = 45.0
+# Of all calls of a component, as many are compared; the autoencoder's are the slow ones.
+MEASURED = {"text_encoder": 6, "transformer": 8, "vae_decoder": 2, ENCODER: 2}
+
+Arrays = dict[str, NDArray[Any]]
+Answers = list[NDArray[np.float32]]
+Runner = Callable[..., Answers]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is exported and how.
+
+    Attributes:
+        model: the folder of the trained model.
+        sizes: (width, height) in pixels of the canvases, the model's own first.
+        reduction: pixels per latent along one side.
+        length: text tokens.
+        fields: the manifest to be.
+    """
+
+    model: Path
+    precision: str
+    sizes: tuple[tuple[int, int], ...]
+    reduction: int
+    length: int
+    fields: dict[str, Any]
+
+
+class _Recorder(TextToImage):
+    """The app's own pipeline on networks that are given, every call noted."""
+
+    def __init__(self, job: Job, folder: Path, networks: Mapping[str, Runner]) -> None:
+        files = {entry["path"]: {"sha256": "", "size": 0} for entry in _entries(job)}
+        files |= {
+            p.relative_to(folder).as_posix(): {"sha256": "", "size": 0} for p in _json(folder)
+        }
+        canvas = {**job.fields["canvas"], "sizes": job.sizes}
+        raw = {**job.fields, "schema_version": SCHEMA_VERSION, "files": files, "canvas": canvas}
+        super().__init__(Bundle(folder, parse_manifest(raw, folder), ""), "cpu")
+        self.calls: dict[str, list[tuple[Arrays, Answers]]] = defaultdict(list)
+        self._networks = networks
+
+    def _network(self, component: str, *outputs: str) -> Any:
+        def run(**inputs: NDArray[Any]) -> Answers:
+            answers = self._networks[component](**inputs)
+            self.calls[component].append((inputs, answers))
+            return answers
+
+        return run
+
+    def draw(self) -> list[NDArray[np.float32]]:
+        """(4, H, W) pictures of the prompts; the index of a prompt is its seed."""
+        side = self.bundle.manifest.native
+        for seed, prompt in enumerate(PROMPTS):
+            self(prompt, width=side, height=side, seed=seed)
+        return [answers[0][0].clip(0, 1) for _, answers in self.calls["vae_decoder"]]
+
+
+def _entries(job: Job) -> list[dict[str, Any]]:
+    return list(job.fields["components"].values())
+
+
+def _json(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.json"))
+
+
+def record(job: Job, folder: Path, scratch: Path) -> None:
+    """Draw with torch in fp32; some calls of each component and the pictures go to ``scratch``."""
+    all_graphs = graphs(load_source(job.model))
+    recorder = _Recorder(job, folder, {name: _torch(graph) for name, graph in all_graphs.items()})
+    pictures = recorder.draw()
+    for name in COMPONENTS:
+        _save_calls(scratch, name, recorder.calls[name])
+    if ENCODER in all_graphs:
+        encode = _torch(all_graphs[ENCODER])
+        inputs = [{"sample": picture[None]} for picture in pictures[: MEASURED[ENCODER]]]
+        _save_calls(scratch, ENCODER, [(x, encode(**x)) for x in inputs])
+    np.savez(scratch / "pictures.npz", *pictures)
+
+
+def make_component(job: Job, name: str, folder: Path, scratch: Path) -> list[dict[str, Any]]:
+    """Convert one network, compress it if asked for, and put the package that is kept in place.
+
+    Returns:
+        A row per package that was measured.
+
+    Raises:
+        LitappError: it cannot be converted.
+    """
+    graph = graphs(load_source(job.model))[name]
+    network = coreml_network(graph, name, job.sizes, job.reduction, job.length)
+    calls = _load_calls(scratch, name, graph) or _random_calls(graph, network)
+    work = scratch / name
+    precision = FP32 if job.precision == FP32 else FP16
+    rows = [
+        _measured(name, precision, work, graph, calls, lambda to: convert(network, to, precision))
+    ]
+    if precision == FP16 and not rows[0]["psnr"] >= FP16_ENOUGH:
+        rows.append(
+            _measured(name, FP32, work, graph, calls, lambda to: convert(network, to, FP32))
+        )
+    kept = rows[-1]
+    if job.precision not in (FP16, FP32):
+        kept = _compressed(name, kept["precision"], work, graph, calls, rows)
+    kept["kept"] = True
+    target = folder / name / "model.mlpackage"
+    target.parent.mkdir()
+    shutil.move(work / f"{kept['precision']}.mlpackage", target)
+    shutil.rmtree(work)
+    return rows
+
+
+# Below this, fp16 is too small or too coarse for a network's activations: it stays in fp32.
+FP16_ENOUGH = 50.0
+
+
+def _compressed(
+    name: str,
+    whole: str,
+    work: Path,
+    graph: Graph,
+    calls: list[tuple[Arrays, Answers]],
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Try 6 bits, and where they cost too much the better way to spend 8; returns that row."""
+    tried = []
+    for scheme in COMPRESSIONS:
+        source = work / f"{whole}.mlpackage"
+        tried.append(
+            _measured(name, scheme, work, graph, calls, lambda to: compress(source, to, scheme))  # noqa: B023
+        )
+        rows.append(tried[-1])
+        if len(tried) == 1 and tried[0]["psnr"] >= SMALLEST_PSNR:
+            return tried[0]
+    return max(tried, key=lambda row: row["psnr"])
+
+
+def _measured(
+    name: str,
+    precision: str,
+    work: Path,
+    graph: Graph,
+    calls: list[tuple[Arrays, Answers]],
+    make: Callable[[Path], None],
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    package = work / f"{precision}.mlpackage"
+    make(package)
+    seconds = time.perf_counter() - start
+    run = CoreMLNetwork(package, "cpu", graph.outputs, program=MilProgram(package))
+    answers = [(run(**inputs), wanted) for inputs, wanted in calls]
+    values = []
+    for i, output in enumerate(graph.outputs):
+        pairs = [(found[i], wanted[i]) for found, wanted in answers]
+        if output == "last_hidden_state":  # nothing reads those of padding
+            masks = [inputs["attention_mask"] > 0 for inputs, _ in calls]
+            pairs = [(x[mask], y[mask]) for (x, y), mask in zip(pairs, masks)]
+        values.append(psnr(*(np.concatenate([x.ravel() for x in part]) for part in zip(*pairs))))
+    size = sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
+    row = {"component": name, "precision": precision, "bytes": size, "psnr": min(values)}
+    return row | {"seconds": seconds, "kept": False}
+
+
+def psnr(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    """Peak signal to noise ratio in dB, the peak being the largest absolute value wanted.
+
+    Apple's measure for its own conversions. -inf where anything found is not finite.
+    """
+    if not np.isfinite(found).all():
+        return float("-inf")
+    noise = float(np.square(found - wanted, dtype=np.float64).mean())
+    peak = max(float(np.abs(wanted).max()), 1e-12)
+    return 10 * float(np.log10(peak**2 / max(noise, 1e-20)))
+
+
+def compare_pictures(job: Job, folder: Path, scratch: Path) -> list[float]:
+    """Draw with the packages that were kept; dB of each picture, of range 1, against torch's."""
+    outputs = {"text_encoder": ["last_hidden_state", "pooled"]}
+    networks = {}
+    for name in COMPONENTS:
+        package = folder / name / "model.mlpackage"
+        program = MilProgram(package)
+        names = [name for name in outputs.get(name, ["sample"]) if name in program.outputs]
+        networks[name] = CoreMLNetwork(package, "cpu", names, program=program)
+    found = _Recorder(job, folder, networks).draw()
+    with np.load(scratch / "pictures.npz") as file:
+        wanted = [file[f"arr_{i}"] for i in range(len(found))]
+    noise = [float(np.square(x - y, dtype=np.float64).mean()) for x, y in zip(found, wanted)]
+    return [-10 * float(np.log10(max(value, 1e-10))) for value in noise]
+
+
+def _torch(graph: Graph) -> Runner:
+    @torch.inference_mode()
+    def run(**inputs: NDArray[Any]) -> Answers:
+        answer = graph.network(*(torch.from_numpy(inputs[name]) for name in graph.inputs))
+        return [x.numpy() for x in (answer if isinstance(answer, tuple) else (answer,))]
+
+    return run
+
+
+def _random_calls(graph: Graph, network: Network) -> list[tuple[Arrays, Answers]]:
+    """One call of random numbers, for parts of a model that do not draw by themselves."""
+    generator = torch.Generator().manual_seed(0)
+    inputs: Arrays = {}
+    for name, value in network.inputs.items():
+        if name.endswith("mask"):
+            inputs[name] = np.ones(value.shape, dtype=np.int64)
+        elif value.dtype == torch.int32:
+            inputs[name] = torch.randint(0, 10, value.shape, generator=generator).numpy()
+        elif name == "timestep":
+            inputs[name] = np.full(value.shape, 500, dtype=np.float32)
+        else:
+            inputs[name] = torch.randn(value.shape, generator=generator).numpy()
+    return [(inputs, _torch(graph)(**inputs))]
+
+
+def _save_calls(scratch: Path, name: str, calls: list[tuple[Arrays, Answers]]) -> None:
+    count = min(MEASURED[name], len(calls))
+    chosen = [calls[i * (len(calls) - 1) // max(count - 1, 1)] for i in range(count)]
+    arrays = {}
+    for i, (inputs, answers) in enumerate(chosen):
+        arrays |= {f"{i}/{key}": value for key, value in inputs.items()}
+        arrays |= {f"{i}>{j}": value for j, value in enumerate(answers)}
+    np.savez(scratch / f"{name}.npz", **arrays)
+
+
+def _load_calls(scratch: Path, name: str, graph: Graph) -> list[tuple[Arrays, Answers]]:
+    path = scratch / f"{name}.npz"
+    if not path.is_file():
+        return []
+    with np.load(path) as file:
+        count = len({key.partition(">")[0] for key in file.files if ">" in key})
+        return [
+            (
+                {key: file[f"{i}/{key}"] for key in graph.inputs},
+                [file[f"{i}>{j}"] for j in range(len(graph.outputs))],
+            )
+            for i in range(count)
+        ]
