@@ -71,7 +71,10 @@ def export(
         ),
     ] = False,
 ) -> None:
-    """Turn a trained model into a bundle that `litapp generate` runs."""
+    """Turn a trained model into a bundle that `litapp generate` runs.
+
+    What loses more than the precision may is refused, with the table.
+    """
     with _needs("export"):
         main = import_module("litapp.export").main
         main(target, model, precision, output, allow_below_gate=allow_below_gate, static=static)
