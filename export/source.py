@@ -72,7 +72,7 @@ class Source:
                 "halo": halo(self.autoencoder.decode, self.autoencoder.config.latent_channels),
                 "cell_bytes": self._cell_bytes(),
             },
-            "canvas": {"native": about["canvas"]["native"]},
+            "canvas": about["canvas"],
             "sampler": {"clip_x0": None, **about["sampler"]},
             "text": {"max_length": MAX_LENGTH},
             "preview": self.autoencoder.config.preview,

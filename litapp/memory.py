@@ -7,7 +7,7 @@ import gc
 import sys
 
 from litapp.bundle import Bundle
-from litapp.canvas import plan_canvas
+from litapp.canvas import plan_picture
 from litapp.manifest import COMPONENTS, Manifest
 from litapp.tiles import plan_tiles
 
@@ -50,7 +50,7 @@ def predict(bundle: Bundle, width: int, height: int, budget: int = DECODE_BUDGET
         budget: as of :class:`litapp.pipeline.TextToImage`.
     """
     manifest = bundle.manifest
-    canvas = plan_canvas(width, height, manifest.native, manifest.multiple).canvas
+    canvas = plan_picture(manifest, width, height).canvas
     columns, rows = (side // manifest.reduction for side in canvas)
     tiles = plan_tiles(rows, columns, manifest.halo, cells_at_once(manifest, budget))
     tile = max(_area(tile.read) for tile in tiles)
@@ -59,7 +59,7 @@ def predict(bundle: Bundle, width: int, height: int, budget: int = DECODE_BUDGET
         "transformer": 2 * rows * columns * _cell(manifest, "transformer"),
         "vae_decoder": tile * _cell(manifest, "vae_decoder"),
     }
-    pixels = {"vae_decoder": canvas[0] * canvas[1] * PIXEL_BYTES}
+    pixels = {"vae_decoder": max(canvas[0] * canvas[1], width * height) * PIXEL_BYTES}
     weights = {component: _weights(bundle, component) for component in COMPONENTS}
     if reads_ahead(bundle):
         weights["text_encoder"] = sum(weights.values())

@@ -35,8 +35,8 @@ class Networks:
         self._bundle = bundle
         self._device = device
         self._read: dict[str, Future[OnnxNetwork]] = {}
-        # Two: each reads on one core, and the first is the one that is waited for.
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="litapp-read")
+        # One: several that unpack weights together would hold the most memory of all phases.
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="litapp-read")
 
     def ahead(self, component: str) -> None:
         """Begin to read a network in another thread, unless it is there."""

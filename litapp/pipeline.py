@@ -16,7 +16,7 @@ from PIL import Image
 
 from litapp import __version__
 from litapp.bundle import Bundle, load
-from litapp.canvas import CanvasPlan, cover, fit, plan_canvas
+from litapp.canvas import CanvasPlan, cover, fit, plan_canvas, plan_picture
 from litapp.engines import OnnxNetwork, providers_for
 from litapp.errors import EXIT_USAGE, Cancelled, LitappError
 from litapp.images import save_png, snap_alpha, to_image
@@ -205,7 +205,7 @@ class TextToImage:
             strength=self.strength_from(init is not None, strength),
         )
         manifest = self.bundle.manifest
-        plan = plan_canvas(width, height, manifest.native, manifest.multiple)
+        plan = plan_picture(manifest, width, height)
         seconds: dict[str, float] = {}
 
         with self._phase("encode", seconds, should_stop, "text_encoder"):
@@ -230,7 +230,7 @@ class TextToImage:
         manifest = self.bundle.manifest
         if manifest.preview is None:
             return None
-        plan = plan_canvas(width, height, manifest.native, manifest.multiple)
+        plan = plan_picture(manifest, width, height)
         return preview_image(step.x0[0], manifest.preview, plan)
 
     def _latents(self, init: Image.Image, plan: CanvasPlan) -> Floats:
