@@ -22,10 +22,10 @@ AHEAD_LIMIT = 512 << 20
 PROGRAM = 95 << 20
 # While a network is read, bytes in memory of each byte in its file: weights are unpacked to fp32
 # step by step, written to the graph cache and packed once more. Measured in the first run of a
-# bundle; later ones, which find it in the cache, take half.
-GROWTH = {"fp32": 3.0, "fp16-weights": 5.5, "int8-weights": 11.0, "int8": 9.0}
+# bundle; later ones, which find it in the cache, take less.
+GROWTH = {"fp32": 2.0, "fp16-weights": 3.5, "int8-weights": 7.0, "int8": 6.0}
 # What of this is still held, by the networks and by the allocator, when they run.
-HELD = 0.7
+HELD = 0.9
 # ONNX Runtime's arena holds more than the layer that takes the most.
 ARENA = 1.4
 # Decoded floats, the same snapped, and 8-bit pixels: of each pixel, all that is alive at once.
