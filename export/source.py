@@ -170,7 +170,7 @@ class Source:
                 "halo": halo(self.autoencoder.decode, self.latent_channels),
                 "cell_bytes": self._cell_bytes(),
             },
-            "canvas": {"native": about["canvas"]["native"]},
+            "canvas": about["canvas"],
             "sampler": {"clip_x0": None, **about["sampler"]},
             "text": {"max_length": length, "pooled": bool(lit["pooled_projection_dim"])},
             "preview": self.config("vae_decoder").get("preview"),

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from litapp.errors import EXIT_USAGE, LitappError
+from litapp.manifest import Manifest
 
-__all__ = ["CanvasPlan", "cover", "fit", "nearest_shape", "plan_canvas"]
+__all__ = ["CanvasPlan", "cover", "fit", "nearest_shape", "plan_canvas", "plan_picture"]
 
 Size = tuple[int, int]
 
@@ -25,12 +26,18 @@ class CanvasPlan(NamedTuple):
 
 
 def plan_canvas(
-    width: int, height: int, native: int, multiple: int, sizes: Sequence[Size] = ()
+    width: int,
+    height: int,
+    native: int,
+    multiple: int,
+    sizes: Sequence[Size] = (),
+    largest: int | None = None,
 ) -> CanvasPlan:
     """Plan a picture of ``width`` x ``height`` for a model trained with long sides of ``native``.
 
     A smaller request is drawn at ``native`` and reduced, so that it is a sharp small picture and
-    not one of a size the model never saw. Canvas sides are multiples of ``multiple``.
+    not one of a size the model never saw. One beyond ``largest`` is drawn at that and enlarged: a
+    soft picture, but of what was asked for. Canvas sides are multiples of ``multiple``.
 
     Args:
         sizes: where there are any, the canvas is the smallest of these that holds the picture.
@@ -38,7 +45,10 @@ def plan_canvas(
     Raises:
         LitappError: none of them does.
     """
-    scale = max(1.0, native / max(width, height))
+    side = max(width, height)
+    scale = max(1.0, native / side)
+    if largest is not None:
+        scale = min(scale, largest / side)
     crop = (round(width * scale), round(height * scale))
     canvas = (_round_up(crop[0], multiple), _round_up(crop[1], multiple))
     if sizes:
@@ -50,6 +60,13 @@ def plan_canvas(
             )
         canvas = min(holding, key=lambda size: size[0] * size[1])
     return CanvasPlan(canvas, crop, (width, height))
+
+
+def plan_picture(manifest: Manifest, width: int, height: int) -> CanvasPlan:
+    """:func:`plan_canvas` for the model of a bundle."""
+    return plan_canvas(
+        width, height, manifest.native, manifest.multiple, manifest.sizes, manifest.largest
+    )
 
 
 def nearest_shape(width: int, height: int, long_side: int = 1024) -> Size:
@@ -64,7 +81,7 @@ def nearest_shape(width: int, height: int, long_side: int = 1024) -> Size:
 
 
 def fit(picture: NDArray[np.float32], plan: CanvasPlan) -> NDArray[np.float32]:
-    """Crop and reduce a decoded canvas (H, W, 4), premultiplied, to the size asked for."""
+    """Crop a decoded canvas (H, W, 4), premultiplied, and bring it to the size asked for."""
     (canvas_w, canvas_h), (crop_w, crop_h), size = plan
     left, top = (canvas_w - crop_w) // 2, (canvas_h - crop_h) // 2
     picture = picture[top : top + crop_h, left : left + crop_w]

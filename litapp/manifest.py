@@ -72,6 +72,8 @@ class Manifest:
             is not known, and pictures are decoded whole.
         cell_bytes: by component, memory that a latent cell takes at most while the network runs.
         native: pixels of the long side the model was trained at.
+        largest: pixels of the longest side it still draws well; larger pictures are enlarged from
+            that. None where it may draw any size.
         sampler, steps, guidance, clip_x0: defaults for drawing.
         max_length: text tokens the encoder reads.
         preview: C + 1 rows of 4, see :func:`litapp.preview.project`; None where the model has none.
@@ -109,6 +111,7 @@ class Manifest:
     median_psnr: float | None = None
     below_gate: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    largest: int | None = None
 
 
 def parse_manifest(raw: Mapping[str, Any], root: Path) -> Manifest:
@@ -161,6 +164,7 @@ def _typed(raw: Mapping[str, Any]) -> Manifest:
         reduction=int(raw["latent"]["reduction"]),
         multiple=int(raw["latent"]["multiple"]),
         native=int(raw["canvas"]["native"]),
+        largest=None if raw["canvas"].get("largest") is None else int(raw["canvas"]["largest"]),
         sampler=str(raw["sampler"]["name"]),
         steps=int(raw["sampler"]["steps"]),
         guidance=float(raw["sampler"]["guidance"]),
@@ -206,6 +210,8 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"{name} must be positive")
     if (manifest.halo or 0) < 0 or any(count < 1 for count in manifest.cell_bytes.values()):
         raise ValueError("halo and cell_bytes must be positive")
+    if manifest.largest is not None and manifest.largest < manifest.native:
+        raise ValueError(f"largest {manifest.largest} is below native {manifest.native}")
     if manifest.multiple % manifest.reduction:
         raise ValueError(f"multiple {manifest.multiple} is not of {manifest.reduction}")
     if (rows := manifest.preview) is not None:

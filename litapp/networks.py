@@ -40,8 +40,8 @@ class Networks:
         self._device = device
         self._prepare = prepare
         self._read: dict[str, Future[Network]] = {}
-        # Two: each reads on one core, and the first is the one that is waited for.
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="litapp-read")
+        # One: several that unpack weights together would hold the most memory of all phases.
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="litapp-read")
 
     def ahead(self, component: str) -> None:
         """Begin to read a network in another thread, unless it is there."""
@@ -88,10 +88,8 @@ class Networks:
         return open_network(path, self._device, self._outputs(component), self._prepare, cache)
 
     def _outputs(self, component: str) -> tuple[str, ...]:
-        names = OUTPUTS[component]
-        return (
-            names[:1] if component == "text_encoder" and not self._bundle.manifest.pooled else names
-        )
+        pools = component != "text_encoder" or self._bundle.manifest.pooled
+        return OUTPUTS[component] if pools else OUTPUTS[component][:1]
 
 
 class Runner:

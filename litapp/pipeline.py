@@ -16,7 +16,7 @@ from PIL import Image
 
 from litapp import __version__
 from litapp.bundle import Bundle, load
-from litapp.canvas import CanvasPlan, cover, fit, plan_canvas
+from litapp.canvas import CanvasPlan, cover, fit, plan_canvas, plan_picture
 from litapp.engines import Network, check_device
 from litapp.errors import EXIT_USAGE, Cancelled, LitappError
 from litapp.images import save_png, snap_alpha, to_image
@@ -27,7 +27,7 @@ from litapp.preview import preview_image
 from litapp.request import Request
 from litapp.samplers import SAMPLERS, NoiseSchedule, Step
 from litapp.text import tokenize
-from litapp.tiles import plan_tiles
+from litapp.tiles import decode_tiles, plan_tiles
 
 __all__ = ["DEFAULT_MODEL", "CanvasPlan", "Picture", "TextToImage", "plan_canvas"]
 
@@ -215,7 +215,7 @@ class TextToImage:
             strength=self.strength_from(init is not None, strength),
         )
         manifest = self.bundle.manifest
-        plan = plan_canvas(width, height, manifest.native, manifest.multiple, manifest.sizes)
+        plan = plan_picture(manifest, width, height)
         seconds: dict[str, float] = {}
 
         with self._phase("encode", seconds, should_stop, "text_encoder"):
@@ -224,7 +224,7 @@ class TextToImage:
             start = None if init is None else self._latents(init, plan)
             latents = self._denoise(text, request, plan, start, on_step, should_stop)
         with self._phase("decode", seconds, should_stop, "vae_decoder"):
-            image = to_image(fit(self._decode(latents, plan, should_stop), plan))
+            image = to_image(fit(self._decode(latents, should_stop), plan))
         parameters = self._parameters(request)
         if init is not None:
             digest = hashlib.sha256(init.convert("RGBA").tobytes()).hexdigest()
@@ -240,7 +240,7 @@ class TextToImage:
         manifest = self.bundle.manifest
         if manifest.preview is None:
             return None
-        plan = plan_canvas(width, height, manifest.native, manifest.multiple, manifest.sizes)
+        plan = plan_picture(manifest, width, height)
         return preview_image(step.x0[0], manifest.preview, plan)
 
     def _latents(self, init: Image.Image, plan: CanvasPlan) -> Floats:
@@ -278,10 +278,10 @@ class TextToImage:
         *components: str,
     ) -> Iterator[None]:
         """Time a phase, and let its networks go where they are not kept."""
-        if should_stop and should_stop():
-            raise Cancelled
         start = time.perf_counter()
         try:
+            if should_stop and should_stop():
+                raise Cancelled
             yield
         except BaseException:
             if not self._resident:
@@ -365,32 +365,21 @@ class TextToImage:
             callback=after_step,
         )
 
-    def _decode(
-        self, latents: Floats, plan: CanvasPlan, should_stop: Callable[[], bool] | None
-    ) -> Floats:
+    def _decode(self, latents: Floats, should_stop: Callable[[], bool] | None) -> Floats:
         """Premultiplied RGBA (H, W, 4) in [0, 1], in tiles where the budget asks for them."""
         manifest = self.bundle.manifest
-        width, height = plan.canvas
-        cells = latents.shape[2:]
         most = cells_at_once(manifest, self.decode_budget)
-        tiles = plan_tiles(*cells, manifest.halo, most)
+        tiles = plan_tiles(*latents.shape[2:], manifest.halo, most)
         decode = self._runner("vae_decoder")
-        picture = np.empty((4, height, width), np.float32) if len(tiles) > 1 else None
-        for tile in tiles:
+
+        def piece(cells: Floats) -> Floats:
             if should_stop and should_stop():
                 raise Cancelled
-            piece = np.ascontiguousarray(latents[(..., *tile.read)])
-            shape = [side * manifest.reduction for side in piece.shape[2:]]
-            (sample,) = decode((1, 4, *shape), latent_sample=piece)
-            if picture is None:
-                picture = sample[0]
-            else:
-                place, keep = (
-                    tuple(_pixels(part, manifest.reduction) for part in area)
-                    for area in (tile.place, tile.keep)
-                )
-                picture[(..., *place)] = sample[0][(..., *keep)]
-        return snap_alpha(picture.transpose(1, 2, 0))
+            height, width = (side * manifest.reduction for side in cells.shape[2:])
+            (sample,) = decode((1, 4, height, width), latent_sample=cells)
+            return sample
+
+        return snap_alpha(decode_tiles(piece, latents, tiles)[0].transpose(1, 2, 0))
 
     def _parameters(self, request: Request) -> dict[str, Any]:
         manifest = self.bundle.manifest
@@ -407,7 +396,3 @@ class TextToImage:
             "model_digest": self.bundle.digest,
             "version": __version__,
         }
-
-
-def _pixels(cells: slice, reduction: int) -> slice:
-    return slice(cells.start * reduction, cells.stop * reduction)

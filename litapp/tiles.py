@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
-__all__ = ["Tile", "plan_tiles"]
+import numpy as np
+from numpy.typing import NDArray
 
+__all__ = ["Tile", "decode_tiles", "plan_tiles"]
+
+Floats = NDArray[np.float32]
 Area = tuple[slice, slice]
 
 
@@ -51,6 +56,30 @@ def plan_tiles(height: int, width: int, halo: int | None, most: int) -> list[Til
         for rows in _parts(height, side)
         for columns in _parts(width, side)
     ]
+
+
+def decode_tiles(decode: Callable[[Floats], Floats], latents: Floats, tiles: list[Tile]) -> Floats:
+    """Pixels (1, channels, H, W) of latents (1, C, h, w), decoded tile by tile.
+
+    Args:
+        decode: pixels of some latents, the same multiple of their sides each time.
+    """
+    if len(tiles) == 1:
+        return decode(latents)
+    picture: Floats | None = None
+    for tile in tiles:
+        cells = np.ascontiguousarray(latents[(..., *tile.read)])
+        pixels = decode(cells)
+        scale = pixels.shape[-1] // cells.shape[-1]
+        if picture is None:
+            height, width = (side * scale for side in latents.shape[2:])
+            picture = np.empty((*pixels.shape[:2], height, width), pixels.dtype)
+        place, keep = (
+            tuple(slice(part.start * scale, part.stop * scale) for part in area)
+            for area in (tile.place, tile.keep)
+        )
+        picture[(..., *place)] = pixels[(..., *keep)]
+    return picture
 
 
 def _parts(length: int, longest: int) -> list[tuple[int, int]]:

@@ -39,6 +39,26 @@ def test_every_plan_fits(width: int, height: int, multiple: int) -> None:
     assert max(plan.crop) >= 1024
 
 
+@pytest.mark.parametrize(
+    ("size", "canvas", "crop"),
+    [
+        ((4096, 4096), (2048, 2048), (2048, 2048)),
+        ((4096, 2048), (2048, 1024), (2048, 1024)),
+        ((2048, 96), (2048, 128), (2048, 96)),
+        ((512, 512), (1024, 1024), (1024, 1024)),
+    ],
+)
+def test_what_a_model_cannot_draw_well_is_drawn_smaller_and_enlarged(
+    size: tuple[int, int], canvas: tuple[int, int], crop: tuple[int, int]
+) -> None:
+    plan = plan_canvas(*size, native=1024, multiple=128, largest=2048)
+    assert plan == (canvas, crop, size)
+    small = CanvasPlan((8, 8), (8, 4), (32, 16))
+    assert fit(np.full((8, 8, 4), 0.5, np.float32), small) == pytest.approx(
+        np.full((16, 32, 4), 0.5)
+    )
+
+
 def test_the_middle_of_the_canvas_is_kept() -> None:
     picture = np.zeros((128, 192, 4), np.float32)
     picture[:, 64:128] = 1

@@ -157,6 +157,18 @@ def test_steps_are_reported_with_the_present_latents(draw: TextToImage) -> None:
     assert steps[0].x0.shape == (1, 4, 4, 6)
 
 
+def test_a_picture_beyond_the_largest_size_is_drawn_there_and_enlarged(
+    rewrite: Callable[..., Path],
+) -> None:
+    steps: list[Step] = []
+    model = TextToImage.load(rewrite(canvas={"native": 128, "largest": 192}))
+    picture = model("a cat", width=384, height=192, on_step=steps.append)
+    assert picture.image.size == (384, 192)
+    assert steps[0].x0.shape == (1, 4, 4, 6)
+    with pytest.raises(LitappError, match="largest 64 is below native 128"):
+        TextToImage.load(rewrite(canvas={"native": 128, "largest": 64}))
+
+
 def test_cancelling_stops_at_the_next_step(draw: TextToImage) -> None:
     steps: list[Step] = []
     with pytest.raises(Cancelled):

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from litapp import Cancelled, TextToImage
 from litapp.bundle import load
-from litapp.canvas import plan_canvas
 from litapp.memory import cells_at_once, predict, reads_ahead
 from litapp.tiles import plan_tiles
 
@@ -57,8 +56,7 @@ def build(tiny: Path, rewrite: Callable[..., Path]) -> Build:
 def decode(model: TextToImage, asked: Callable[[], bool]) -> np.ndarray:
     rng = np.random.default_rng(1)
     latents = rng.standard_normal((1, 4, HEIGHT // 32, WIDTH // 32)).astype(np.float32)
-    plan = plan_canvas(WIDTH, HEIGHT, 128, 64)
-    return model._decode(latents, plan, asked)
+    return model._decode(latents, asked)
 
 
 def counting(asked: list[None], stop_at: int | None = None) -> Callable[[], bool]:
