@@ -25,9 +25,20 @@ from torch import Tensor, nn
 from litapp.errors import LitappError
 from litapp.export.report import quiet
 
-__all__ = ["COMPRESSIONS", "FP16", "FP32", "Network", "compress", "convert", "require_coremltools"]
+__all__ = [
+    "COMPRESSIONS",
+    "FP16",
+    "FP32",
+    "INT8_WEIGHTS",
+    "PALETTE6",
+    "Network",
+    "compress",
+    "convert",
+    "require_coremltools",
+]
 
 FP16, FP32 = "fp16", "fp32"
+PALETTE6, PALETTE8, INT8_WEIGHTS = "palette6", "palette8", "int8-weights"
 
 # Weights of fewer entries stay as they are. Below 10,000 entries coremltools clusters with
 # scikit-learn, which nothing else here needs.
@@ -167,9 +178,9 @@ def _palette(bits: int) -> Callable[[Any, Any], Any]:
 
 # From the smallest to the largest.
 COMPRESSIONS: dict[str, Callable[[Any, Any], Any]] = {
-    "palette6": _palette(6),
-    "palette8": _palette(8),
-    "int8-weights": _linear,
+    PALETTE6: _palette(6),
+    PALETTE8: _palette(8),
+    INT8_WEIGHTS: _linear,
 }
 
 

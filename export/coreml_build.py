@@ -23,7 +23,15 @@ from litapp.concepts import CONCEPTS
 from litapp.errors import EXIT_USAGE, LitappError
 from litapp.export.coreml import FP16, FP32, require_coremltools
 from litapp.export.coreml_networks import named_sizes
-from litapp.export.coreml_parity import PROMPTS, Job, compare_pictures, make_component, record
+from litapp.export.coreml_parity import (
+    COMPRESSED_ENOUGH,
+    FP16_ENOUGH,
+    PROMPTS,
+    Job,
+    compare_pictures,
+    make_component,
+    record,
+)
 from litapp.export.source import Source, load_source
 from litapp.folders import replace_folder
 from litapp.manifest import SCHEDULER, TOKENIZER
@@ -34,7 +42,7 @@ INT8 = "int8"
 
 # Decibels that each precision must reach: every network's answers against torch in fp32, and the
 # median picture's at equal seeds. Compressed weights may cost pictures as much as an ONNX bundle's.
-GATE = {FP32: (80.0, 50.0), FP16: (50.0, 40.0), INT8: (35.0, 35.0)}
+GATE = {FP32: (80.0, 50.0), FP16: (FP16_ENOUGH, 40.0), INT8: (COMPRESSED_ENOUGH, 35.0)}
 SUGGESTIONS = {FP32: "please report this model", FP16: "use fp32", INT8: "use fp16"}
 
 

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,30 @@ from numpy.typing import NDArray
 
 from litapp.bundle import Bundle
 from litapp.engines import CoreMLNetwork
-from litapp.export.coreml import COMPRESSIONS, FP16, FP32, Network, compress, convert
+from litapp.export.coreml import (
+    COMPRESSIONS,
+    FP16,
+    FP32,
+    INT8_WEIGHTS,
+    PALETTE6,
+    Network,
+    compress,
+    convert,
+)
 from litapp.export.coreml_networks import coreml_network
 from litapp.export.graphs import Graph, graphs
+from litapp.export.graphs import graph as graph_of
 from litapp.export.mil import MilProgram
 from litapp.export.parity import PROMPTS
-from litapp.export.source import load_source
+from litapp.export.source import open_source
 from litapp.manifest import COMPONENTS, ENCODER, SCHEMA_VERSION, parse_manifest
 from litapp.pipeline import TextToImage
 
 __all__ = ["PROMPTS", "Job", "compare_pictures", "make_component", "psnr", "record"]
 
-# Weights of 6 bits are kept where they cost no more than this.
-SMALLEST_PSNR = 45.0
+# In dB against torch. Below the first, fp16 is too small or too coarse for a network's activations,
+# which stays in fp32; below the second its weights stay whole; weights of 6 bits need the third.
+FP16_ENOUGH, COMPRESSED_ENOUGH, SMALLEST_PSNR = 50.0, 35.0, 45.0
 # Of all calls of a component, as many are compared; the autoencoder's are the slow ones.
 MEASURED = {"text_encoder": 6, "transformer": 8, "vae_decoder": 2, ENCODER: 2}
 
@@ -100,7 +112,7 @@ def _json(folder: Path) -> list[Path]:
 
 def record(job: Job, folder: Path, scratch: Path) -> None:
     """Draw with torch in fp32; some calls of each component and the pictures go to ``scratch``."""
-    all_graphs = graphs(load_source(job.model))
+    all_graphs = graphs(open_source(job.model))
     recorder = _Recorder(job, folder, {name: _torch(graph) for name, graph in all_graphs.items()})
     pictures = recorder.draw()
     for name in COMPONENTS:
@@ -121,21 +133,23 @@ def make_component(job: Job, name: str, folder: Path, scratch: Path) -> list[dic
     Raises:
         LitappError: it cannot be converted.
     """
-    graph = graphs(load_source(job.model))[name]
+    graph = graph_of(open_source(job.model), name)
     network = coreml_network(graph, name, job.sizes, job.reduction, job.length)
     calls = _load_calls(scratch, name, graph) or _random_calls(graph, network)
     work = scratch / name
     precision = FP32 if job.precision == FP32 else FP16
     rows = [
-        _measured(name, precision, work, graph, calls, lambda to: convert(network, to, precision))
+        _measured(
+            name, precision, work, graph, calls, partial(convert, network, precision=precision)
+        )
     ]
     if precision == FP16 and not rows[0]["psnr"] >= FP16_ENOUGH:
         rows.append(
-            _measured(name, FP32, work, graph, calls, lambda to: convert(network, to, FP32))
+            _measured(name, FP32, work, graph, calls, partial(convert, network, precision=FP32))
         )
     kept = rows[-1]
     if job.precision not in (FP16, FP32):
-        kept = _compressed(name, kept["precision"], work, graph, calls, rows)
+        kept = _compressed(name, kept, work, graph, calls, rows)
     kept["kept"] = True
     target = folder / name / "model.mlpackage"
     target.parent.mkdir()
@@ -144,29 +158,29 @@ def make_component(job: Job, name: str, folder: Path, scratch: Path) -> list[dic
     return rows
 
 
-# Below this, fp16 is too small or too coarse for a network's activations: it stays in fp32.
-FP16_ENOUGH = 50.0
-
-
 def _compressed(
     name: str,
-    whole: str,
+    whole: dict[str, Any],
     work: Path,
     graph: Graph,
     calls: list[tuple[Arrays, Answers]],
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Try 6 bits, and where they cost too much the better way to spend 8; returns that row."""
-    tried = []
-    for scheme in COMPRESSIONS:
-        source = work / f"{whole}.mlpackage"
-        tried.append(
-            _measured(name, scheme, work, graph, calls, lambda to: compress(source, to, scheme))  # noqa: B023
-        )
-        rows.append(tried[-1])
-        if len(tried) == 1 and tried[0]["psnr"] >= SMALLEST_PSNR:
-            return tried[0]
-    return max(tried, key=lambda row: row["psnr"])
+    """Try 6 bits, and where they cost too much the better way to spend 8; returns the row to keep.
+
+    Palettes are for fp16: coremltools finds those of fp32 weights with scikit-learn alone.
+    """
+    schemes = list(COMPRESSIONS) if whole["precision"] == FP16 else [INT8_WEIGHTS]
+    best = whole
+    for scheme in schemes:
+        source = work / f"{whole['precision']}.mlpackage"
+        make = partial(compress, source, scheme=scheme)
+        rows.append(row := _measured(name, scheme, work, graph, calls, make))
+        if scheme == PALETTE6 and row["psnr"] >= SMALLEST_PSNR:
+            return row
+        if best is whole or row["psnr"] > best["psnr"]:
+            best = row
+    return best if best["psnr"] >= COMPRESSED_ENOUGH else whole
 
 
 def _measured(

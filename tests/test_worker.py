@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from litapp import LitappError, TextToImage
+from litapp.engines import open_network
 from litapp.history import History
 from litapp.worker import MAX_QUEUE, Job, QueueFull, Worker
 
@@ -57,6 +58,23 @@ def test_a_job_ends_in_the_history_with_its_seed(worker: Worker) -> None:
     drawn = worker.model("a red apple", seed=6, **SMALL)
     with Image.open(entries[1].path) as image:
         assert np.array_equal(np.asarray(image), np.asarray(drawn.image))
+
+
+def test_preparing_a_network_is_told_until_the_next_step(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(path: Path, device: str, outputs: list[str], on_prepare: Callable) -> object:
+        on_prepare(path.parent.name)  # as Core ML does the first time
+        return open_network(path, device, outputs)
+
+    monkeypatch.setattr("litapp.pipeline.open_network", prepare)
+    seen: list[Job] = []
+    watch(worker, seen, lambda job: False)
+    job = worker.wait(worker.submit("a cat", **SMALL).id, 30)
+    assert job.state == "done" and job.preparing == ""
+    told = {job.preparing for job in seen}
+    assert told == {"", "text_encoder", "transformer", "vae_decoder"}
+    assert {job.preparing for job in seen if 0 < job.step < 3} == {""}
 
 
 def test_fifty_jobs_of_five_clients_are_drawn_in_the_order_they_came(worker: Worker) -> None:
