@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 from litapp.errors import EXIT_USAGE, LitappError
@@ -10,7 +11,8 @@ from litapp.manifest import MANIFEST
 
 __all__ = ["main"]
 
-TARGETS = ("onnx",)
+# The module of each target; it has a function ``build`` like that of litapp.export.build.
+TARGETS = {"onnx": "litapp.export.build"}
 
 
 def main(
@@ -39,9 +41,7 @@ def main(
     if output.exists() and not _replaceable(output):
         raise LitappError(f"{output} exists and is not a bundle; choose another folder", EXIT_USAGE)
     # Only now torch: the processes that need none come by here too.
-    from litapp.export.build import build
-
-    build(model, precision, output, allow_below_gate)
+    import_module(TARGETS[target]).build(model, precision, output, allow_below_gate)
 
 
 def _replaceable(output: Path) -> bool:
