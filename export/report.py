@@ -108,7 +108,7 @@ class Report:
                 row.component,
                 row.precision,
                 f"{row.bytes / 1e6:.1f}",
-                f"{row.parity['milliseconds']:.1f}",
+                f"{row.parity['milliseconds']:.0f}",
                 f"{100 * row.parity['relative_error']:.2g}",
                 f"{100 * row.parity['worst_error']:.2g}",
                 f"{row.parity['psnr']:.1f}",

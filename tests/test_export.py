@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -474,6 +475,18 @@ def test_a_process_that_fails_ends_with_its_own_line(tmp_path: Path) -> None:
         ):
             work.run("trace", "transformer")
     assert list((tmp_path / "bundles").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals and a shell")
+def test_a_process_that_is_killed_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(LitappError, match=r"transformer: .* killed by signal 9, .* of memory"):
+        RUN_PROCESS("trace", tmp_path, "transformer")
 
 
 def poison(root: Path) -> None:
