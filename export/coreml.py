@@ -205,6 +205,8 @@ def _save(model: Any, package: Path) -> None:
     package.parent.mkdir(parents=True, exist_ok=True)
     with _silent():
         model.save(str(package))
+    for part in package.rglob("*"):  # coremltools' are for their owner alone
+        part.chmod(0o755 if part.is_dir() else 0o644)
     path = package / "Manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     names = {
