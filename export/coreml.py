@@ -6,6 +6,7 @@ several that are named beforehand.
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import shutil
@@ -117,6 +118,7 @@ def convert(network: Network, package: Path, precision: str = FP16) -> None:
         for name, value in network.inputs.items()
     ]
     half = ct.transform.FP16ComputePrecision(op_selector=lambda op: not _leads_to_angles(op))
+    reason = ""
     with _silent(), torch.no_grad():
         traced = torch.jit.trace(network.module, tuple(network.inputs.values()), check_trace=False)
         try:
@@ -130,8 +132,11 @@ def convert(network: Network, package: Path, precision: str = FP16) -> None:
                 skip_model_load=True,
             )
         except (NotImplementedError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise LitappError(f"coremltools cannot convert this network: {reason}") from error
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if reason:
+            gc.collect()  # the failure's frames hold a temporary folder
+    if reason:
+        raise LitappError(f"coremltools cannot convert this network: {reason}")
     _save(model, package)
 
 
@@ -205,6 +210,8 @@ def _save(model: Any, package: Path) -> None:
     package.parent.mkdir(parents=True, exist_ok=True)
     with _silent():
         model.save(str(package))
+    for part in package.rglob("*"):  # coremltools' are for their owner alone
+        part.chmod(0o755 if part.is_dir() else 0o644)
     path = package / "Manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     names = {

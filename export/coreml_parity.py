@@ -212,13 +212,13 @@ def _measured(
 def psnr(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
     """Peak signal to noise ratio in dB, the peak being the largest absolute value wanted.
 
-    Apple's measure for its own conversions. -inf where anything found is not finite.
+    Apple's measure for its own conversions; 200 at most, -inf where anything found is not finite.
     """
     if not np.isfinite(found).all():
         return float("-inf")
     noise = float(np.square(found - wanted, dtype=np.float64).mean())
     peak = max(float(np.abs(wanted).max()), 1e-12)
-    return 10 * float(np.log10(peak**2 / max(noise, 1e-20)))
+    return -10 * float(np.log10(max(noise / peak**2, 1e-20)))
 
 
 def compare_pictures(job: Job, folder: Path, scratch: Path) -> list[float]:
