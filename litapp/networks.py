@@ -45,7 +45,8 @@ class Networks:
 
     def get(self, component: str) -> OnnxNetwork:
         """A network, read now if need be. Raises LitappError where it cannot be loaded."""
-        self.ahead(component)
+        if component not in self._read:
+            self._put(component, self._load(component))
         return self._read[component].result()
 
     def spare(self, component: str) -> OnnxNetwork:
@@ -67,16 +68,19 @@ class Networks:
                 " try another seed, a lower guidance or --device cpu"
             )
         _log.warning("note: the %s returned NaN; it runs in fp32 now", _name(component))
-        network: Future[OnnxNetwork] = Future()
-        network.set_result(OnnxNetwork(path, "cpu", OUTPUTS[component]))
-        self._read[component] = network
-        return network.result()
+        network = OnnxNetwork(path, "cpu", OUTPUTS[component])
+        self._put(component, network)
+        return network
 
     def release(self, *components: str) -> None:
         """Let go of these networks, or of all."""
         for component in components or list(self._read):
             if waiting := self._read.pop(component, None):
                 waiting.cancel()
+
+    def _put(self, component: str, network: OnnxNetwork) -> None:
+        self._read[component] = Future()
+        self._read[component].set_result(network)
 
     def _load(self, component: str) -> OnnxNetwork:
         path, cache = self._bundle.component(component), GraphCache(home() / "cache" / "graphs")
