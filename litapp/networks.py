@@ -50,7 +50,8 @@ class Networks:
 
     def get(self, component: str) -> Network:
         """A network, read now if need be. Raises LitappError where it cannot be loaded."""
-        self.ahead(component)
+        if component not in self._read:
+            self._put(component, self._load(component))
         return self._read[component].result()
 
     def spare(self, component: str) -> Network:
@@ -72,16 +73,19 @@ class Networks:
                 " try another seed, a lower guidance or --device cpu"
             )
         _log.warning("note: the %s returned NaN; it runs in fp32 now", _name(component))
-        network: Future[Network] = Future()
-        network.set_result(open_network(path, "cpu", self._outputs(component)))
-        self._read[component] = network
-        return network.result()
+        network = open_network(path, "cpu", self._outputs(component))
+        self._put(component, network)
+        return network
 
     def release(self, *components: str) -> None:
         """Let go of these networks, or of all."""
         for component in components or list(self._read):
             if waiting := self._read.pop(component, None):
                 waiting.cancel()
+
+    def _put(self, component: str, network: Network) -> None:
+        self._read[component] = Future()
+        self._read[component].set_result(network)
 
     def _load(self, component: str) -> Network:
         path, cache = self._bundle.component(component), GraphCache(home() / "cache" / "graphs")

@@ -104,7 +104,9 @@ class TextToImage:
         self.on_prepare: Callable[[str], None] | None = None
         self._resident = resident
         self._networks = Networks(bundle, device, self._prepare)
-        self._ahead = reads_ahead(bundle)
+        # What another thread has allocated, the C library gives back only in part: networks that
+        # are kept, and dropped to free memory, are read by the thread that asks.
+        self._ahead = reads_ahead(bundle) and not resident
         self._schedule = NoiseSchedule.from_config(bundle.scheduler_config)
 
     @classmethod
@@ -119,7 +121,7 @@ class TextToImage:
         return cls(load(name_or_path), device, resident=resident)
 
     def prefetch(self) -> None:
-        """Begin to read the networks in other threads, where they fit in memory together."""
+        """Begin to read the networks in another thread, unless they are kept or too large."""
         if self._ahead:
             for component in AHEAD:
                 self._networks.ahead(component)
