@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-pytest.importorskip("gradio", reason="the ui extra is not installed")
-
 from litapp.cli import app as cli
 from litapp.images import read_parameters
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+pytestmark = [
+    pytest.mark.skipif(find_spec("gradio") is None, reason="the ui extra is not installed"),
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc"),
+]
 SMALL = {"width": 768, "height": 768, "steps": 1}
-POLL_SECONDS = 0.2
 FINISHED = ("done", "cancelled", "failed")
 
 
@@ -67,9 +68,12 @@ class App:
         return self.call("GET", f"/api/v1/jobs/{key}")
 
     def wait(self, key: str) -> dict[str, Any]:
-        while (job := self.job(key))["state"] not in FINISHED:
-            time.sleep(POLL_SECONDS)
-        return job
+        """The job as it ended, told by its stream of events."""
+        path = f"{self.url}/api/v1/jobs/{key}/events"
+        with urllib.request.urlopen(path, timeout=600) as stream:
+            events = [json.loads(line[5:]) for line in stream if line.startswith(b"data:")]
+        assert events[-1]["state"] in FINISHED
+        return events[-1]
 
     def resident(self) -> float:
         """Resident megabytes of the process and everything that it started."""
@@ -114,7 +118,7 @@ def test_fifty_requests_of_five_clients_end_in_order_and_memory_stays_flat(app: 
             thread.start()
         while any(thread.is_alive() for thread in clients):
             yield len(ended), app.resident()
-            time.sleep(POLL_SECONDS)
+            time.sleep(0.5)
 
     list(together(2))  # brings the networks and the server's threads in
     rest = app.resident()

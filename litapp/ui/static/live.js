@@ -441,7 +441,7 @@ window.litapp ??= (() => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       // Gradio reads a text box when it changes, so the last letters are already known.
-      document.querySelector("#generate")?.click();
+      document.querySelector(".gradio-container:not(.offline) #generate")?.click();
     }
   }, true);
 
