@@ -118,7 +118,7 @@ def test_fifty_requests_of_five_clients_end_in_order_and_memory_stays_flat(app: 
             thread.start()
         while any(thread.is_alive() for thread in clients):
             yield len(ended), app.resident()
-            time.sleep(0.5)
+            time.sleep(0.1)
 
     list(together(2))  # brings the networks and the server's threads in
     rest = app.resident()
@@ -139,7 +139,6 @@ def test_fifty_requests_of_five_clients_end_in_order_and_memory_stays_flat(app: 
         max(megabytes for count, megabytes in seen if (count > 25) is half)
         for half in (False, True)
     )
-    print("FLAT", rest, early, late, app.resident())
     assert late <= 1.1 * early, seen
     assert app.resident() <= 1.1 * rest, (rest, app.resident())
 
@@ -208,7 +207,6 @@ def test_cancel_comes_within_a_step_and_gives_the_memory_back(isolated_home: Pat
     assert app.stop() == 0
     # The first run found the networks loaded, and let them go.
     (loaded, _, first), (before, peak, after) = rounds
-    print("ROUNDS", rounds)
     assert first <= 1.1 * loaded, rounds
     assert peak > 1.1 * before, "the run took no memory that could come back"
     assert abs(after - before) <= 0.1 * before, rounds

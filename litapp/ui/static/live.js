@@ -46,7 +46,8 @@ window.litapp ??= (() => {
   const note = make("p", { className: "note", role: "alert", hidden: true });
   let fading = 0;
   function tell(text, seconds = 6) {
-    document.querySelector(".gradio-container")?.append(note);
+    // An open dialog lies above all else.
+    (document.querySelector("dialog[open]") ?? document.querySelector(".gradio-container"))?.append(note);
     note.textContent = text;
     note.hidden = !text;
     clearTimeout(fading);
