@@ -84,11 +84,11 @@ class _Recorder(TextToImage):
         raw = {**job.fields, "schema_version": SCHEMA_VERSION, "files": files, "canvas": canvas}
         super().__init__(Bundle(folder, parse_manifest(raw, folder), ""), "cpu")
         self.calls: dict[str, list[tuple[Arrays, Answers]]] = defaultdict(list)
-        self._networks = networks
+        self._given = networks
 
     def _network(self, component: str, *outputs: str) -> Any:
         def run(**inputs: NDArray[Any]) -> Answers:
-            answers = self._networks[component](**inputs)
+            answers = self._given[component](**inputs)
             self.calls[component].append((inputs, answers))
             return answers
 
