@@ -167,7 +167,7 @@ class Source:
                 "channels": lit["in_channels"],
                 "reduction": self.reduction,
                 "multiple": self.reduction * lit["patch_size"],
-                "halo": halo(self.autoencoder.decode, self.latent_channels),
+                "halo": self._halo(),
                 "cell_bytes": self._cell_bytes(),
             },
             "canvas": about["canvas"],
@@ -175,6 +175,12 @@ class Source:
             "text": {"max_length": length, "pooled": bool(lit["pooled_projection_dim"])},
             "preview": self.config("vae_decoder").get("preview"),
         }
+
+    def _halo(self) -> int | None:
+        """See :func:`halo`. The norms and attentions of other decoders see the whole picture."""
+        if not isinstance(self.autoencoder, SceneAutoencoder):
+            return None
+        return halo(self.autoencoder.decode, self.latent_channels)
 
     def _cell_bytes(self) -> dict[str, int]:
         """Memory of a latent cell in each network, see :func:`cell_bytes`."""
