@@ -63,11 +63,13 @@ def test_a_job_ends_in_the_history_with_its_seed(worker: Worker) -> None:
 def test_preparing_a_network_is_told_until_the_next_step(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def prepare(path: Path, device: str, outputs: list[str], on_prepare: Callable) -> object:
+    def prepare(
+        path: Path, device: str, outputs: list[str], on_prepare: Callable, cache: object
+    ) -> object:
         on_prepare(path.parent.name)  # as Core ML does the first time
         return open_network(path, device, outputs)
 
-    monkeypatch.setattr("litapp.pipeline.open_network", prepare)
+    monkeypatch.setattr("litapp.networks.open_network", prepare)
     seen: list[Job] = []
     watch(worker, seen, lambda job: False)
     job = worker.wait(worker.submit("a cat", **SMALL).id, 30)
