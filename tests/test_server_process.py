@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,11 @@ class App:
         """Resident megabytes of the process and everything that it started."""
         pids, total = [self.process.pid], 0
         for pid in pids:
-            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                pids += map(int, (task / "children").read_text().split())
+            with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+                total += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    with suppress(FileNotFoundError, ProcessLookupError):
+                        pids += map(int, (task / "children").read_text().split())
         return total * os.sysconf("SC_PAGE_SIZE") / 1e6
 
     def stop(self) -> int:

@@ -61,7 +61,8 @@ class Server:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGINT)
-        self.process.communicate(timeout=120)
+        with self.process:
+            self.process.communicate(timeout=120)
         return self.process.returncode
 
     def call(self, method: str, path: str, body: object = None) -> Any:
@@ -405,7 +406,8 @@ def test_the_page_outlives_the_server(page: Any, server: Server) -> None:
     page.get_by_role("button", name="Quit").click()
     page.get_by_role("button", name="Quit litapp?").click()
     page.get_by_text("litapp has ended").wait_for()
-    assert server.process.wait(120) == 0
+    with server.process as process:
+        assert process.wait(120) == 0
     shot(page, "ended")
     server.start(port)
     page.wait_for_selector(".note", state="hidden")
