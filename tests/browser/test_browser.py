@@ -165,7 +165,8 @@ def draw(page: Any, prompt: str) -> str:
     page.keyboard.press("Control+Enter")
     page.wait_for_function(
         "([before, prompt]) => { const stage = document.querySelector('.stage');"
-        " return stage.dataset.picture !== before && !stage.classList.contains('running')"
+        " const now = stage.dataset.picture;"
+        " return now && now !== before && !stage.classList.contains('running')"
         " && stage.querySelector('.words').textContent.startsWith(prompt); }",
         arg=[before, prompt],
     )
