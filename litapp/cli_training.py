@@ -55,6 +55,17 @@ def train_kd(
     main(recipe, output, resume, teacher=teacher, student=student, data=data)
 
 
+@app.command("train-fewstep")
+def train_fewstep(
+    recipe: Recipe,
+    output: Output,
+    teacher: Annotated[Path, typer.Option(help="A training run's model folder.")],
+    resume: Resume = True,
+) -> None:
+    """Distil a transformer to a few steps without guidance."""
+    _main("litapp.training.fewstep", "train")(recipe, output, resume, teacher=teacher)
+
+
 @app.command("export")
 def export(
     model: Annotated[Path, typer.Option(help="Folder of the trained model.")],

@@ -13,6 +13,16 @@ from torch import Tensor
 
 from litapp.errors import LitappError
 from litapp.models.autoencoder import SceneAutoencoder
+from litapp.training.loop import choose_precision
+
+
+@torch.no_grad()
+def encode_pictures(autoencoder: SceneAutoencoder, pictures: list[np.ndarray]) -> Tensor:
+    """(H, W, 4) uint8 premultiplied RGBA pictures to (B, C, H/32, W/32) normalised latents."""
+    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    with torch.autocast("cpu", torch.bfloat16, enabled=choose_precision("auto") == "bf16"):
+        latents = autoencoder.encode(batch)
+    return autoencoder.normalise(latents.float())
 
 
 class SceneCodec:

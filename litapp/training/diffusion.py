@@ -85,7 +85,8 @@ class DiffusionConfig:
         )
 
 
-def _load(kind: type, folder: Path, role: str):
+def load_part(kind: type, folder: Path, role: str):
+    """A trained network; raises LitappError where there is none or it cannot be read."""
     if not (folder / "config.json").is_file():
         raise LitappError(f"there is no {role} in {folder}: it needs config.json and safetensors")
     try:
@@ -100,10 +101,10 @@ def _model(tables: dict, student: Path | None, teacher: nn.Module | None) -> LiT
     options = {name: value for name, value in tables["model"].items() if name != "family"}
     start = options.pop("start", None)
     if student:
-        return _load(LiTTransformer2DModel, student, "student")
+        return load_part(LiTTransformer2DModel, student, "student")
     torch.manual_seed(tables["loop"].get("seed", 0))
     if start:
-        return _adapt(_load(LiTTransformer2DModel, Path(start), "student"), options)
+        return _adapt(load_part(LiTTransformer2DModel, Path(start), "student"), options)
     model = LiTTransformer2DModel(**options)
     model.initialise()
     if teacher is not None:
@@ -131,7 +132,7 @@ def _adapt(network: LiTTransformer2DModel, changes: dict) -> LiTTransformer2DMod
     return model
 
 
-def _choose_cross_attention(model: LiTTransformer2DModel) -> None:
+def choose_cross_attention(model: LiTTransformer2DModel) -> None:
     """On a CPU, attention to the text as plain products: the fused one's bf16 gradient takes 6x."""
     if torch.cuda.is_available():
         return
@@ -146,6 +147,38 @@ def _scene_caches(tables: dict, autoencoder: SceneAutoencoder) -> dict[Path, flo
     store = SpriteStore(Path(tables["art"]["cache"]))
     configs = [from_table(CacheConfig, table, "data") for table in tables["data"]]
     return {build_scene_cache(config, store, autoencoder): config.weight for config in configs}
+
+
+def load_latents(
+    tables: dict,
+    autoencoder: SceneAutoencoder,
+    text: tuple,
+    text_length: int,
+    data: Path | None = None,
+    output: Path = Path(),
+    size: int | None = None,
+) -> LatentData:
+    """What a recipe trains on, with caches built where need be.
+
+    Args:
+        text: tokenizer and encoder.
+        data: an imagefolder to train on instead, its pictures cropped to ``size`` pixels; its
+            latents go to ``output``.
+    """
+    with join_processes().main_process_first():
+        if data is not None:
+            caches = {build_folder_cache(data, output / "latents", autoencoder, size): 1.0}
+        else:
+            caches = _scene_caches(tables, autoencoder)
+    return LatentData(list(caches), *text, text_length, list(caches.values()))
+
+
+def save_run(output: Path, **parts) -> None:
+    """Write ``output/model`` with a folder for each part, from one process."""
+    if join_processes().is_main_process:
+        with replace_folder(output / "model") as partial:
+            for name, part in parts.items():
+                part.save_pretrained(partial / name)
 
 
 def main(
@@ -171,21 +204,15 @@ def main(
     config = from_table(DiffusionConfig, tables.get("diffusion", {}), "diffusion")
     weights = from_table(Distillation, tables.get("distillation", {}), "distillation")
     samples = from_table(SampleConfig, tables.get("samples", {}), "samples")
-    autoencoder = _load(SceneAutoencoder, Path(tables["autoencoder"]["path"]), "autoencoder").eval()
+    autoencoder = load_part(
+        SceneAutoencoder, Path(tables["autoencoder"]["path"]), "autoencoder"
+    ).eval()
     mentor = load_network(teacher, "pixart", tables.get("teacher", {})) if teacher else None
     model = _model(tables, student, mentor)
-    _choose_cross_attention(model)
-    tokenizer, encoder = load_text_encoder()
-    process = join_processes()
-    with process.main_process_first():
-        if data is not None:
-            size = model.config.sample_size * autoencoder.reduction
-            caches = {build_folder_cache(data, output / "latents", autoencoder, size): 1.0}
-        else:
-            caches = _scene_caches(tables, autoencoder)
-    latents = LatentData(
-        list(caches), tokenizer, encoder, config.text_length, list(caches.values())
-    )
+    choose_cross_attention(model)
+    text = load_text_encoder()
+    size = model.config.sample_size * autoencoder.reduction if data else None
+    latents = load_latents(tables, autoencoder, text, config.text_length, data, output, size)
     scheduler = config.scheduler()
     diffusion = Diffusion(scheduler)
 
@@ -194,15 +221,10 @@ def main(
     def batches(step: int):
         return latents.batches(step, loop.batch_size, config.caption_dropout, loop.seed)
 
-    sampler = Sampler(samples, scheduler, autoencoder, tokenizer, encoder, config.text_length)
+    sampler = Sampler(samples, scheduler, autoencoder, *text, config.text_length)
 
     def on_sample(model: nn.Module, step: int) -> None:
         sampler.grid(model, output / "samples" / f"step-{step:06d}.png")
 
     train(model, objective, batches, loop, output, resume, on_sample, objective.draw)
-    if not process.is_main_process:
-        return
-    with replace_folder(output / "model") as partial:
-        model.save_pretrained(partial / "transformer")
-        autoencoder.save_pretrained(partial / "autoencoder")
-        scheduler.save_pretrained(partial / "scheduler")
+    save_run(output, transformer=model, autoencoder=autoencoder, scheduler=scheduler)

@@ -23,10 +23,11 @@ from torch import Tensor
 from litapp.errors import LitappError
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.text_encoder import TextEncoder, encode_texts
+from litapp.training.codec import encode_pictures
+from litapp.training.compose import Composer
 from litapp.training.data.art import SpriteStore, load_concepts
 from litapp.training.data.folder import read_folder
 from litapp.training.data.scenes import Mix, Scene, render, sample_scene
-from litapp.training.loop import choose_precision
 from litapp.training.recipe import from_table
 
 SHARD = 128
@@ -37,7 +38,8 @@ class CacheConfig:
     """One ``[[data]]`` table of a recipe.
 
     ``sizes`` holds [width, height, weight]; ``pictures`` is rounded up to whole shards. Training
-    takes a picture of a table with ``weight`` 2 twice as often as one with 1.
+    takes a picture of a table with ``weight`` 2 twice as often as one with 1. ``composed`` scenes
+    are put together from the latents of their things (:mod:`litapp.training.compose`).
     """
 
     folder: str
@@ -46,6 +48,7 @@ class CacheConfig:
     mix: dict = field(default_factory=dict)
     seed: int = 0
     weight: float = 1.0
+    composed: bool = False
 
 
 def _save_shard(path: Path, latents: list[Tensor], captions: list[str]) -> None:
@@ -55,33 +58,50 @@ def _save_shard(path: Path, latents: list[Tensor], captions: list[str]) -> None:
     partial.replace(path)
 
 
-@torch.no_grad()
-def _encode(autoencoder: SceneAutoencoder, pictures: list[np.ndarray]) -> Tensor:
-    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    with torch.autocast("cpu", torch.bfloat16, enabled=choose_precision("auto") == "bf16"):
-        latents = autoencoder.encode(batch)
-    return autoencoder.normalise(latents.float())
-
-
 def build_scene_cache(
     config: CacheConfig, store: SpriteStore, autoencoder: SceneAutoencoder
 ) -> Path:
     """Render, encode and store the scenes of one ``[[data]]`` table; returns the folder."""
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
+    missing = [
+        shard
+        for shard in range(-(-config.pictures // SHARD))
+        if not _shard_path(folder, shard).exists()
+    ]
+    encode = _composed if config.composed else _rendered
+    shards = {shard: shard_scenes(config, shard) for shard in missing}
+    for shard, latents in encode(shards, store, autoencoder, folder.name):
+        captions = [scene.caption for scene in shards[shard][1]]
+        _save_shard(_shard_path(folder, shard), latents, captions)
+    return folder
+
+
+Shards = dict[int, tuple[tuple[int, int], list[Scene]]]
+
+
+def _rendered(
+    shards: Shards, store: SpriteStore, autoencoder: SceneAutoencoder, name: str
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Draw each scene and encode it whole."""
     threads = ThreadPoolExecutor()  # Pillow and NumPy release the interpreter's lock
-    for shard in track(range(-(-config.pictures // SHARD)), f"latents {folder.name}"):
-        path = _shard_path(folder, shard)
-        if path.exists():
-            continue
-        side, scenes = shard_scenes(config, shard)
+    for shard, (side, scenes) in track(shards.items(), f"latents {name}"):
         latents: list[Tensor] = []
         for start in range(0, SHARD, 8):
             group = scenes[start : start + 8]
             pictures = threads.map(lambda scene, side=side: render(scene, store, *side), group)
-            latents += _encode(autoencoder, list(pictures))
-        _save_shard(path, latents, [scene.caption for scene in scenes])
-    return folder
+            latents += encode_pictures(autoencoder, list(pictures))
+        yield shard, latents
+
+
+def _composed(
+    shards: Shards, store: SpriteStore, autoencoder: SceneAutoencoder, name: str
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Encode the things of all scenes first, each once per background, and add them up."""
+    composer = Composer(store, autoencoder)
+    composer.prepare((scene, size) for size, scenes in shards.values() for scene in scenes)
+    for shard, (size, scenes) in track(shards.items(), f"latents {name}"):
+        yield shard, [composer.latents(scene, size) for scene in scenes]
 
 
 def shard_scenes(config: CacheConfig, shard: int) -> tuple[tuple[int, int], list[Scene]]:
@@ -110,7 +130,7 @@ def build_folder_cache(data: Path, folder: Path, autoencoder: SceneAutoencoder, 
     pending: tuple[list[Tensor], list[str]] = ([], [])
     shard = 0
     for picture, caption in read_folder(data, size):
-        pending[0].append(_encode(autoencoder, [picture])[0])
+        pending[0].append(encode_pictures(autoencoder, [picture])[0])
         pending[1].append(caption)
         if len(pending[0]) == SHARD:
             _save_shard(_shard_path(folder, shard), *pending)
@@ -161,7 +181,7 @@ class LatentData:
         unique = sorted({"", *(words for group in captions.values() for words in group)})
         row = {words: index for index, words in enumerate(unique)}
         self.rows = [torch.tensor([row[w] for w in group]) for group in captions.values()]
-        self.empty = row[""]
+        self.empty = torch.tensor([row[""]])
         texts = encode_texts(tokenizer, encoder, unique, text_length)
         self.states, self.pooled = texts["states"].half(), texts["pooled"]
         self.mask = texts["mask"]
@@ -188,10 +208,13 @@ class LatentData:
             rows = self.rows[group][chosen]
             dropped = torch.rand(size, generator=generator) < dropout
             rows = torch.where(dropped, self.empty, rows)
-            yield {
-                "latents": self.latents[group][chosen].float(),
-                "encoder_hidden_states": self.states[rows].float(),
-                "encoder_attention_mask": self.mask[rows],
-                "pooled_projections": self.pooled[rows],
-            }
+            yield {"latents": self.latents[group][chosen].float(), **self.condition(rows)}
             step += 1
+
+    def condition(self, rows: Tensor) -> dict[str, Tensor]:
+        """The text that the transformer reads, for these of the unique captions."""
+        return {
+            "encoder_hidden_states": self.states[rows].float(),
+            "encoder_attention_mask": self.mask[rows],
+            "pooled_projections": self.pooled[rows],
+        }

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from litapp.images import contact_sheet, save_png, to_image
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.text_encoder import TextEncoder, encode_texts
+
+# The app's samplers in the library that training has.
+SOLVERS = {"dpmsolver++": DPMSolverMultistepScheduler, "ddim": DDIMScheduler}
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,17 @@ class SampleConfig:
     prompts: list[str] = field(default_factory=list)
     steps: int = 20
     guidance: float = 3.0
+    solver: str = "dpmsolver++"
     seed: int = 0
     thumbnail: int = 256
 
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver is {self.solver!r}: use one of {', '.join(SOLVERS)}")
+
 
 class Sampler:
-    """Draws the fixed prompts with DPM-Solver++ (arXiv 2211.01095) and classifier-free guidance."""
+    """Draws the fixed prompts with classifier-free guidance (arXiv 2207.12598)."""
 
     def __init__(
         self,
@@ -40,7 +48,7 @@ class Sampler:
         text_length: int,
     ) -> None:
         self.config, self.autoencoder = config, autoencoder
-        self.scheduler = DPMSolverMultistepScheduler.from_config(
+        self.scheduler = SOLVERS[config.solver].from_config(
             scheduler.config, variance_type=None, timestep_spacing="trailing"
         )
         self.texts = encode_texts(

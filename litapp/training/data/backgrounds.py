@@ -76,11 +76,11 @@ class Background:
         return options[rng.integers(len(options))]
 
 
-def sample(rng: np.random.Generator, kind: str) -> Background:
-    """Draw a background of this kind, its colours jittered by a few levels."""
+def sample(rng: np.random.Generator, kind: str, shades: int = 10) -> Background:
+    """Draw a background of this kind, its colours jittered by up to ``shades`` levels of 255."""
 
     def colour(name: str) -> tuple[int, int, int]:
-        levels = np.array(COLOURS[name]) + rng.integers(-10, 11, 3)
+        levels = np.array(COLOURS[name]) + rng.integers(-shades, shades + 1, 3)
         return tuple(int(v) for v in levels.clip(0, 255))
 
     count = {"solid": 1, "gradient": 2}.get(kind, 0)

@@ -36,6 +36,8 @@ STYLE_WORDS = {
 RELATIONS = {
     "left": ("to the left of", "left of", "on the left of"),
     "above": ("above", "over"),
+    "right": ("to the right of", "right of", "on the right of"),
+    "below": ("below", "under"),
 }
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 # Where the objects of a scene of one, two, three or four stand, as fractions of the picture, and
@@ -62,6 +64,10 @@ class Item:
     size: float
     tint: str | None = None
 
+    def pixels(self, width: int, height: int) -> int:
+        """The side of its sprite in a picture of this size."""
+        return max(1, round(self.size * min(width, height)))
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -79,6 +85,7 @@ class Mix:
 
     ``jitter`` is how far places stray, and ``size`` the range of a single object's size, both as
     fractions of the picture. With neither, a caption has one picture: that is learnt fastest.
+    ``shades`` is how far a plain background's colour strays, in levels of 255.
     """
 
     kinds: dict[str, float] = field(default_factory=lambda: {"single": 1.0})
@@ -88,6 +95,7 @@ class Mix:
     styles: dict[str, float] = field(default_factory=lambda: {"glossy": 1.0})
     jitter: float = 0.04
     size: tuple[float, float] = (0.74, 0.92)
+    shades: int = 10
 
 
 def held_out(first: str, second: str) -> bool:
@@ -147,6 +155,8 @@ def _subject(rng, concepts, mix: Mix, kind: str, style: str) -> tuple[list[Item]
             Item(first, style, x + jitter() / 2, y + jitter() / 2, SMALL) for x, y in PLACES[count]
         ]
         return items, _noun(rng, first, count=count)
+    if kind == "several":
+        return _several(rng, concepts, style, jitter)
     paint = kind == "tinted_pair"
     while paint and _names_a_colour(first):
         first = _pick(rng, concepts)
@@ -172,10 +182,28 @@ def _tinted_pair(rng, concepts: tuple[Concept, Concept], style: str, jitter):
     return items, " and ".join(map(lambda c, t: _noun(rng, c, t), concepts, tints))
 
 
+def _several(rng, concepts: list[Concept], style: str, jitter) -> tuple[list[Item], str]:
+    """Three or four different objects in reading order, ``A, B and C``."""
+    count = int(rng.integers(3, 5))
+    chosen: list[Concept] = []
+    while len(chosen) < count:
+        concept = _pick(rng, concepts)
+        if all(concept is not c and not held_out(concept.name, c.name) for c in chosen):
+            chosen.append(concept)
+    items = [
+        Item(concept, style, x + jitter() / 2, y + jitter() / 2, SMALL)
+        for concept, (x, y) in zip(chosen, PLACES[count], strict=True)
+    ]
+    *most, last = (_noun(rng, concept) for concept in chosen)
+    return items, f"{', '.join(most)} and {last}"
+
+
 def _pair(rng, first: Concept, second: Concept, style: str, jitter) -> tuple[list[Item], str]:
-    """Two objects: ``A and B``, ``A left of B`` or ``A above B``."""
-    relation = _pick(rng, ("and", "left", "above"))
-    places = STACKED if relation == "above" else PLACES[2]
+    """Two objects: ``A and B``, or ``A`` in a relation to ``B``."""
+    relation = _pick(rng, ("and", *RELATIONS))
+    places = STACKED if relation in ("above", "below") else PLACES[2]
+    if relation in ("right", "below"):
+        places = places[::-1]
     items = [
         Item(concept, style, x + jitter() / 2, y + jitter() / 2, SMALL)
         for concept, (x, y) in zip((first, second), places, strict=True)
@@ -189,7 +217,7 @@ def sample_scene(rng: np.random.Generator, concepts: list[Concept], mix: Mix) ->
     kind = _choose(rng, mix.kinds)
     style = _choose(rng, mix.styles)
     items, words = _subject(rng, concepts, mix, kind, style)
-    background = backgrounds.sample(rng, _choose(rng, mix.backgrounds))
+    background = backgrounds.sample(rng, _choose(rng, mix.backgrounds), mix.shades)
     # Glossy is the house style and mostly goes unsaid; every other style is always named.
     if style != "glossy" or rng.random() < 0.1:
         style_words = _pick(rng, STYLE_WORDS[style])
@@ -226,7 +254,7 @@ def render(scene: Scene, store: SpriteStore, width: int, height: int) -> np.ndar
     """Draw the scene: (height, width, 4) uint8 premultiplied RGBA."""
     canvas = backgrounds.render(scene.background, width, height)
     for item in scene.items:
-        pixels = max(1, round(item.size * min(width, height)))
+        pixels = item.pixels(width, height)
         sprite = np.asarray(_sprite_image(store, item, pixels))
         _over(
             canvas, sprite, round(item.x * width - pixels / 2), round(item.y * height - pixels / 2)
