@@ -78,15 +78,21 @@ def encode_texts(
     Returns:
         ``states`` (N, length, 384), ``mask`` (N, length) int64, ``pooled`` (N, 384).
     """
-    parts: dict[str, list[Tensor]] = {"states": [], "mask": [], "pooled": []}
-    for start in range(0, len(texts), 64):
-        ids = torch.zeros(len(texts[start : start + 64]), length, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, encoding in enumerate(tokenizer.encode_batch(texts[start : start + 64])):
-            tokens = encoding.ids[:length]
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        states, pooled = encoder(ids, mask)
-        for name, value in (("states", states), ("mask", mask), ("pooled", pooled)):
-            parts[name].append(value)
-    return {name: torch.cat(values) for name, values in parts.items()}
+    tokens = [encoding.ids[:length] for encoding in tokenizer.encode_batch(texts)]
+    lengths = torch.tensor([len(ids) for ids in tokens])
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    states: Tensor | None = None
+    pooled: list[Tensor] = []
+    # Texts of one length together: most are a third of the longest, and padding costs as much.
+    order = lengths.argsort(stable=True)
+    for rows in order.split(64):
+        longest = int(lengths[rows].max())
+        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+        for i, row in enumerate(rows.tolist()):
+            ids[i, : lengths[row]] = torch.tensor(tokens[row])
+        some, vectors = encoder(ids, mask[rows, :longest])
+        if states is None:
+            states = some.new_zeros(len(texts), length, some.shape[-1])
+        states[rows, :longest] = some
+        pooled.append(vectors)
+    return {"states": states, "mask": mask, "pooled": torch.cat(pooled)[order.argsort()]}

@@ -112,7 +112,7 @@ def test_a_composed_table_becomes_a_cache_with_captions(
 
     class Words:
         def encode_batch(self, texts: list[str]) -> list:
-            return [type("Encoding", (), {"ids": [len(w) for w in t.split()]}) for t in texts]
+            return [type("Encoding", (), {"ids": [1, *map(len, t.split())]}) for t in texts]
 
     def encoder(ids: torch.Tensor, mask: torch.Tensor) -> tuple:
         return ids[..., None].float(), ids.float()
