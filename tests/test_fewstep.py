@@ -83,6 +83,20 @@ def test_the_student_lands_where_the_teachers_steps_end() -> None:
     torch.testing.assert_close(acp[499].sqrt() * target + (1 - acp[499]).sqrt() * noise, x)
 
 
+def test_the_loss_is_shared_between_teacher_and_data() -> None:
+    x0, condition = pictures(4)
+    batch = {"latents": x0, **condition}
+    losses = {}
+    for data in (0.0, 0.25, 1.0):
+        objective = few(steps=2, guidance=2.0, data=data)
+        drawn = objective.draw(batch, torch.Generator().manual_seed(0))
+        losses[data], figures = objective(Oracle(), drawn, torch.Generator())
+        start = condition["pooled_projections"][:, :1, None, None].expand_as(x0)
+        assert figures["error"] == pytest.approx((start - x0).square().mean().item(), rel=1e-4)
+        assert figures["distance"] == pytest.approx(start.square().mean().item(), rel=1e-3)
+    assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * losses[1.0])
+
+
 def test_every_step_is_drawn_as_often() -> None:
     batch = {"latents": torch.zeros(8, 2, 4, 4)}
     drawn = few(steps=4).draw(batch, torch.Generator().manual_seed(1))
@@ -187,6 +201,7 @@ def test_one_unguided_step_each_has_nothing_to_learn(workshop: Path) -> None:
     [
         (("guidance = 2.0", "guidance = 0.5"), r"\[fewstep\]: guidance must be 1"),
         (("teacher_steps = 2", "teacher_steps = 0"), r"\[fewstep\]: steps and teacher_steps"),
+        (("guidance = 2.0", "data = 1.5"), r"\[fewstep\]: data must be"),
         (('solver = "ddim"', 'solver = "euler"'), "solver is 'euler': use one of"),
     ],
 )
