@@ -18,7 +18,7 @@ from PIL import Image
 from litapp.errors import EXIT_USAGE, Cancelled, LitappError
 from litapp.history import History
 from litapp.images import load_picture
-from litapp.memory import give_back
+from litapp.memory import give_back, keep_heaps_small
 from litapp.pipeline import TextToImage
 from litapp.request import MAX_SEED, MIN_SIDE, Request
 from litapp.samplers import Step
@@ -97,6 +97,7 @@ class Worker:
         self.ready = threading.Event()
         self._tail = 0.0  # seconds of a picture's work outside the steps, as last measured
         model.on_prepare = self._prepare
+        keep_heaps_small()
         self._thread = threading.Thread(target=self._run, name="litapp-worker", daemon=True)
         self._thread.start()
 
@@ -202,7 +203,14 @@ class Worker:
 
         # A model that cannot draw says so when it is asked to.
         with contextlib.suppress(Cancelled, LitappError):
-            self.model("a", width=MIN_SIDE, height=MIN_SIDE, steps=1, should_stop=busy)
+            self.model(
+                "a",
+                width=MIN_SIDE,
+                height=MIN_SIDE,
+                steps=1,
+                on_step=lambda step: self._preview(step, MIN_SIDE, MIN_SIDE),
+                should_stop=busy,
+            )
         self.model.unload()
         give_back()
 
@@ -288,15 +296,18 @@ class Worker:
                 pace = (now - start) / (step.index - 1)
                 steps = left * step.total - step.index
                 eta = pace * steps + left * self._tail
-            image = self.model.preview(step, request.width, request.height)
-            preview = None
-            if image is not None:
-                buffer = io.BytesIO()
-                image.save(buffer, format="WEBP", quality=80, method=0)
-                preview = buffer.getvalue()
+            preview = self._preview(step, request.width, request.height)
             self._update(job.id, step=step.index, eta=eta, preview=preview, preparing="")
 
         return on_step
+
+    def _preview(self, step: Step, width: int, height: int) -> bytes | None:
+        image = self.model.preview(step, width, height)
+        if image is None:
+            return None
+        buffer = io.BytesIO()
+        image.save(buffer, format="WEBP", quality=80, method=0)
+        return buffer.getvalue()
 
     def _prepare(self, component: str) -> None:
         for job in self.jobs():
