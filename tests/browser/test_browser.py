@@ -36,6 +36,7 @@ pytestmark = [
 
 # A server that was stopped, a file that is no picture; and a note of Gradio's own.
 EXPECTED = re.compile(r"ERR_|422 \(Unprocessable")
+LENGTHY = f"a penguin in the snow{', drawn with much care' * 14}"
 SLOW = {"prompt": "a robot on a yellow background", "steps": 1000}
 
 
@@ -233,7 +234,7 @@ def test_three_jobs_wait_and_one_is_removed(page: Any, server: Server) -> None:
     running = server.generate(**SLOW)
     waiting = [
         server.generate(prompt=prompt, steps=2, width=64, height=64)
-        for prompt in ("a cat on a pink background", "a sticker of a whale", f"a {'long ' * 60}cat")
+        for prompt in ("a cat on a pink background", "a sticker of a whale", LENGTHY)
     ]
     page.wait_for_function("document.querySelectorAll('.queue li').length === 3")
     rows = page.locator(".queue li .quiet").all()
