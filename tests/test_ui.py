@@ -158,9 +158,9 @@ def test_the_launcher_starts_this_python(tmp_path: Path, monkeypatch: pytest.Mon
     program = bundle / "Contents/MacOS/litapp"
     assert program.read_text().endswith("exec '/opt/my 100% $python/bin/python' -m litapp ui\n")
     assert program.stat().st_mode & 0o111
-    assert (
-        '"/opt/my 100%% $python/bin/python" -m litapp ui' in install_launcher("win32").read_text()
-    )
+    first, second = install_launcher("win32").read_text(encoding="utf-8").splitlines()
+    assert first == "@chcp 65001 >nul"  # else a name beyond ASCII is misread
+    assert second == '@start "litapp" /min "/opt/my 100%% $python/bin/python" -m litapp ui'
 
 
 @pytest.fixture
