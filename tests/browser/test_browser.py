@@ -155,7 +155,7 @@ def shot(page: Any, name: str) -> None:
     if FOLDER is not None:
         FOLDER.mkdir(parents=True, exist_ok=True)
         page.wait_for_timeout(700)  # for the fade of a fresh picture
-        page.screenshot(path=FOLDER / f"{name}.jpg", type="jpeg", quality=80)
+        page.screenshot(path=FOLDER / f"{name}.jpg", type="jpeg", quality=75)
 
 
 def draw(page: Any, prompt: str) -> str:
