@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# Before anything imports torch. Its threads wait for each other in a loop, which on a busy computer
+# takes far longer than the tiny networks here.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHANNELS, REDUCTION, WIDTH = 4, 32, 8
 
