@@ -17,7 +17,7 @@ PACKAGING := pyproject.toml setup.py constraints.txt
 RUNTIME := $(if $(wildcard $(VENV)/.dev),$(VENV)/.dev,$(VENV)/.runtime)
 
 .DEFAULT_GOAL := help
-.PHONY: help generate test lint format dev train-setup clean
+.PHONY: help generate test screenshots lint format dev train-setup clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' Makefile | expand -t 14
@@ -28,6 +28,9 @@ generate: $(RUNTIME) ## draw PROMPT="..." (ARGS="--seed 7 --res 512"): prints th
 
 test: $(VENV)/.dev ## run the tests (ARGS="-k samplers")
 	@$(BIN)/python -m pytest $(ARGS)
+
+screenshots: $(VENV)/.dev ## take docs/ui anew, in the browser tests (needs chromium)
+	@LITAPP_SCREENSHOTS=docs/ui $(BIN)/python -m pytest tests/browser
 
 lint: $(VENV)/.dev ## check style and format
 	@$(BIN)/ruff check .

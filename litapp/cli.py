@@ -157,7 +157,9 @@ def generate(
     }
     wanted = _recall(source) | {name: v for name, v in given.items() if v is not None}
     if init is not None:
-        wanted["init"] = _initial(init, server)
+        from litapp.images import load_picture
+
+        wanted["init"] = load_picture(init)
     if wanted.get("seed") == -1:
         wanted["seed"] = secrets.randbelow(2**32)
         typer.echo(f"seed {wanted['seed']}", err=True)
@@ -269,15 +271,6 @@ def _recall(source: Path | None) -> dict[str, Any]:
             f"{source} was drawn from another picture; give that one with --init, without --from"
         )
     return {name: stored[name] for name in names if name in stored}
-
-
-def _initial(path: Path, server: bool) -> Image.Image:
-    """The picture to start from."""
-    if server:
-        raise LitappError("--init works without --server: a server knows its own pictures only", 2)
-    from litapp.images import load_picture
-
-    return load_picture(path)
 
 
 def _draw(

@@ -17,6 +17,8 @@ from litapp.bundle import home
 from litapp.errors import EXIT_USAGE, Cancelled, LitappError
 from litapp.images import read_parameters
 from litapp.pipeline import Picture
+from litapp.png import encode_png
+from litapp.request import MAX_GIVEN
 
 __all__ = ["RemoteModel", "RemoteStep", "running_server"]
 
@@ -68,15 +70,21 @@ class RemoteModel:
         seed: int = 0,
         on_step: Callable[[RemoteStep], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        init: Image.Image | None = None,
         **options: Any,
     ) -> Picture:
         """Queue one picture, wait for it and fetch it.
+
+        Args:
+            init: a picture to start from, sent along.
 
         Raises:
             LitappError: the server refused, failed or went away.
             Cancelled: ``should_stop`` said so; the server stops too.
         """
         start = time.perf_counter()
+        if init is not None:
+            options["init_image"] = _sent(init)
         job = self._call("POST", "/api/v1/generate", {"prompt": prompt, "seed": seed, **options})
         path, told = f"/api/v1/jobs/{job['id']}", 0
         while job["state"] in ("queued", "running"):
@@ -131,3 +139,14 @@ class RemoteModel:
                 reason = f"the server answered {answer.status}"
             raise LitappError(reason, EXIT_USAGE if answer.status == 422 else 1)
         return data
+
+
+def _sent(picture: Image.Image) -> str:
+    text = base64.b64encode(encode_png(picture)).decode()
+    if len(text) > MAX_GIVEN:
+        raise LitappError(
+            f"the picture to start from is too large to be sent: {len(text) >> 20} MB; reduce it,"
+            " or leave out --server",
+            EXIT_USAGE,
+        )
+    return text

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from litapp.errors import LitappError
+from litapp.errors import EXIT_USAGE, LitappError
 from litapp.png import encode_png
 
 __all__ = [
@@ -136,11 +136,11 @@ def save_png(image: Image.Image, path: Path, parameters: Mapping[str, Any] | Non
 
 
 @contextlib.contextmanager
-def _opened(path: Path | BinaryIO) -> Iterator[Image.Image]:
+def _opened(path: Path | BinaryIO, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
     """A picture file; what is wrong with it is told in one line."""
     name = path if isinstance(path, Path) else "the file"
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats) as image:
             yield image
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise LitappError(f"{name} is not a picture litapp can read") from error
@@ -149,9 +149,24 @@ def _opened(path: Path | BinaryIO) -> Iterator[Image.Image]:
         raise LitappError(f"cannot read {name}: {reason}") from error
 
 
-def load_picture(path: Path) -> Image.Image:
-    """A picture of any format Pillow reads, upright, as RGBA; raises LitappError."""
-    with _opened(path) as image:
+def load_picture(
+    path: Path | BinaryIO, formats: Sequence[str] | None = None, most: int | None = None
+) -> Image.Image:
+    """A picture, upright, as RGBA.
+
+    Args:
+        formats: Pillow's names of what may be read; None for all that it reads.
+        most: pixels that it may have; None for as many as Pillow takes.
+
+    Raises:
+        LitappError: the file cannot be read, or is something else.
+    """
+    with _opened(path, formats) as image:
+        if most is not None and image.width * image.height > most:
+            raise LitappError(
+                f"the picture has {image.width}x{image.height} pixels, which is more than {most}",
+                EXIT_USAGE,
+            )
         return ImageOps.exif_transpose(image).convert("RGBA")
 
 

@@ -11,7 +11,14 @@ from litapp.canvas import plan_picture
 from litapp.manifest import COMPONENTS, Manifest
 from litapp.tiles import plan_tiles
 
-__all__ = ["DECODE_BUDGET", "cells_at_once", "give_back", "predict", "reads_ahead"]
+__all__ = [
+    "DECODE_BUDGET",
+    "cells_at_once",
+    "give_back",
+    "keep_heaps_small",
+    "predict",
+    "reads_ahead",
+]
 
 # Fixed, not what is free: a tile may round a pixel otherwise, and a seed is to give one picture.
 DECODE_BUDGET = 384 << 20
@@ -30,6 +37,8 @@ HELD = 0.9
 UNTOLD = 4 * (1152 + 4608) // 4
 # ONNX Runtime's arena holds more than the layer that takes the most.
 ARENA = 1.4
+# glibc's number of the parameter, and its value, which costs drawing at most 3 % of its time.
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20
 # Decoded floats, the same snapped, and 8-bit pixels: of each pixel, all that is alive at once.
 PIXEL_BYTES = 16 + 16 + 4 + 4
 
@@ -72,6 +81,18 @@ def predict(bundle: Bundle, width: int, height: int, budget: int = DECODE_BUDGET
         )
         for phase, component in zip(("encode", "denoise", "decode"), COMPONENTS)
     }
+
+
+def keep_heaps_small() -> None:
+    """Have the C library return each block of ``LARGE_BLOCK`` bytes or more once it is free.
+
+    Left alone, glibc takes larger and larger blocks from its heaps, and keeps up to 64 MB at the
+    end of each thread's, which :func:`give_back` cannot reach.
+    """
+    if sys.platform.startswith("linux"):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def give_back() -> None:

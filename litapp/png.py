@@ -31,8 +31,8 @@ PIECE = 1 << 20
 ZLIB_HEADER = b"\x78\x01"
 
 
-def encode_png(image: Image.Image, info: PngInfo) -> bytes:
-    """A PNG of 8 bits a channel with the chunks of ``info``.
+def encode_png(image: Image.Image, info: PngInfo | None = None) -> bytes:
+    """A PNG of 8 bits a channel with the chunks of ``info``, if any.
 
     Args:
         image: RGB or RGBA; any other mode is stored as RGBA.
@@ -43,7 +43,7 @@ def encode_png(image: Image.Image, info: PngInfo) -> bytes:
     buffer = io.BytesIO()
     buffer.write(SIGNATURE)
     putchunk(buffer, b"IHDR", header)
-    for name, data, *_ in info.chunks:
+    for name, data, *_ in info.chunks if info else ():
         putchunk(buffer, name, data)
     putchunk(buffer, b"IDAT", *_deflate(_filter(np.asarray(image))))
     putchunk(buffer, b"IEND")

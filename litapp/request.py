@@ -14,6 +14,8 @@ MAX_PROMPT = 2000
 MAX_STEPS = 1000
 MAX_GUIDANCE = 30.0
 MAX_SEED = 2**63 - 1
+# Letters of base64 that a server takes for a picture to start from; it reads 64 MB in all.
+MAX_GIVEN = 60_000_000
 
 
 @dataclass(frozen=True)

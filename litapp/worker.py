@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import logging
@@ -18,7 +19,7 @@ from PIL import Image
 from litapp.errors import EXIT_USAGE, Cancelled, LitappError
 from litapp.history import History
 from litapp.images import load_picture
-from litapp.memory import give_back
+from litapp.memory import give_back, keep_heaps_small
 from litapp.pipeline import TextToImage
 from litapp.request import MAX_SEED, MIN_SIDE, Request
 from litapp.samplers import Step
@@ -26,6 +27,7 @@ from litapp.samplers import Step
 __all__ = ["MAX_COUNT", "MAX_QUEUE", "Job", "QueueFull", "Worker"]
 
 MAX_COUNT = 64
+MAX_GIVEN_PIXELS = 1 << 26
 MAX_QUEUE = 256
 KEPT_JOBS = 256
 
@@ -46,7 +48,7 @@ class Job:
         id: 16 hexadecimal digits.
         request: the first picture; the seeds of the others count up from its seed.
         count: pictures to draw.
-        init: history id of the picture they start from; empty for none.
+        init: history id of the picture they start from; empty for none, or for one that was given.
         state: ``queued``, ``running``, ``done``, ``cancelled`` or ``failed``.
         step: finished steps of the picture being drawn, of ``request.steps``.
         eta: seconds until the job is done, None while that is not known.
@@ -89,6 +91,7 @@ class Worker:
         self.model = model
         self.history = history
         self._jobs: dict[str, Job] = {}
+        self._given: dict[str, bytes] = {}  # PNGs to start from, until their job is finished
         self._cancelled: set[str] = set()
         self._closing = False
         self._changed = threading.Condition()
@@ -97,6 +100,7 @@ class Worker:
         self.ready = threading.Event()
         self._tail = 0.0  # seconds of a picture's work outside the steps, as last measured
         model.on_prepare = self._prepare
+        keep_heaps_small()
         self._thread = threading.Thread(target=self._run, name="litapp-worker", daemon=True)
         self._thread.start()
 
@@ -107,6 +111,7 @@ class Worker:
         seed: int | None = None,
         count: int = 1,
         init: str | None = None,
+        init_image: str | None = None,
         strength: float | None = None,
         **options: Any,
     ) -> Job:
@@ -116,7 +121,9 @@ class Worker:
             prompt, options: as for :meth:`litapp.pipeline.TextToImage.request`.
             seed: None takes a random one.
             count: 1 to ``MAX_COUNT`` pictures.
-            init, strength: history id of a picture to start from, and how much to draw anew; see
+            init: history id of a picture to start from.
+            init_image: a picture to start from, as a PNG of up to 64 megapixels in base64.
+            strength: with either, how much to draw anew; see
                 :class:`litapp.pipeline.TextToImage`.
 
         Raises:
@@ -126,10 +133,13 @@ class Worker:
         if not 1 <= count <= MAX_COUNT:
             raise LitappError(f"count must be from 1 to {MAX_COUNT}, not {count}", EXIT_USAGE)
         seed = secrets.randbelow(2**32) if seed is None else seed
-        strength = self.model.strength_from(init is not None, strength)
+        if init is not None and init_image is not None:
+            raise LitappError("give either init or init_image", EXIT_USAGE)
+        strength = self.model.strength_from(init is not None or init_image is not None, strength)
         request = self.model.request(prompt, seed=seed, strength=strength, **options)
         if init is not None and self.history.get(init) is None:
             raise LitappError(f"there is no picture {init} to start from", EXIT_USAGE)
+        given = None if init_image is None else _png(init_image)
         if seed + count - 1 > MAX_SEED:
             raise LitappError(f"seed must be from 0 to {MAX_SEED - count + 1}", EXIT_USAGE)
         job = Job(secrets.token_hex(8), request, count, init or "")
@@ -137,6 +147,8 @@ class Worker:
             if sum(not other.finished for other in self._jobs.values()) >= MAX_QUEUE:
                 raise QueueFull(f"{MAX_QUEUE} jobs wait already; try again when some are done")
             self._jobs[job.id] = job
+            if given is not None:
+                self._given[job.id] = given
             self._forget()
             self._changed.notify_all()
         self._tell()
@@ -160,6 +172,7 @@ class Worker:
                 return job
             if job.state == QUEUED:
                 job = self._jobs[key] = replace(job, state=CANCELLED)
+                self._given.pop(key, None)
             else:
                 self._cancelled.add(key)
             self._changed.notify_all()
@@ -202,7 +215,14 @@ class Worker:
 
         # A model that cannot draw says so when it is asked to.
         with contextlib.suppress(Cancelled, LitappError):
-            self.model("a", width=MIN_SIDE, height=MIN_SIDE, steps=1, should_stop=busy)
+            self.model(
+                "a",
+                width=MIN_SIDE,
+                height=MIN_SIDE,
+                steps=1,
+                on_step=lambda step: self._preview(step, MIN_SIDE, MIN_SIDE),
+                should_stop=busy,
+            )
         self.model.unload()
         give_back()
 
@@ -226,6 +246,7 @@ class Worker:
             if state != DONE:
                 self.model.unload()
             self._cancelled.discard(job.id)
+            self._given.pop(job.id, None)
             give_back()
             self._update(job.id, state=state, error=error, preview=None, eta=None, preparing="")
 
@@ -250,8 +271,10 @@ class Worker:
             "guidance": request.guidance,
             "negative_prompt": request.negative_prompt,
         }
-        if job.init:
-            options |= {"init": self._picture(job.init), "strength": request.strength}
+        given = self._given.get(job.id)
+        if job.init or given:
+            picture = _decoded(given) if given else self._picture(job.init)
+            options |= {"init": picture, "strength": request.strength}
         for i in range(job.count):
             start = time.perf_counter()
             picture = self.model(
@@ -288,15 +311,18 @@ class Worker:
                 pace = (now - start) / (step.index - 1)
                 steps = left * step.total - step.index
                 eta = pace * steps + left * self._tail
-            image = self.model.preview(step, request.width, request.height)
-            preview = None
-            if image is not None:
-                buffer = io.BytesIO()
-                image.save(buffer, format="WEBP", quality=80, method=0)
-                preview = buffer.getvalue()
+            preview = self._preview(step, request.width, request.height)
             self._update(job.id, step=step.index, eta=eta, preview=preview, preparing="")
 
         return on_step
+
+    def _preview(self, step: Step, width: int, height: int) -> bytes | None:
+        image = self.model.preview(step, width, height)
+        if image is None:
+            return None
+        buffer = io.BytesIO()
+        image.save(buffer, format="WEBP", quality=80, method=0)
+        return buffer.getvalue()
 
     def _prepare(self, component: str) -> None:
         for job in self.jobs():
@@ -319,3 +345,17 @@ class Worker:
         finished = [key for key, job in self._jobs.items() if job.finished]
         for key in finished[: max(0, len(finished) - KEPT_JOBS)]:
             del self._jobs[key]
+
+
+def _png(text: str) -> bytes:
+    """The bytes of a PNG in base64, which can be read; raises LitappError."""
+    try:
+        content = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise LitappError(f"init_image is not base64: {error}", EXIT_USAGE) from error
+    _decoded(content)
+    return content
+
+
+def _decoded(content: bytes) -> Image.Image:
+    return load_picture(io.BytesIO(content), ["PNG"], MAX_GIVEN_PIXELS)

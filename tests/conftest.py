@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# Before anything imports torch. Its threads wait for each other in a loop, which on a busy computer
+# takes far longer than the tiny networks here.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHANNELS, REDUCTION, WIDTH = 4, 32, 8
 
@@ -151,15 +156,22 @@ def tiny(built_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built_bundle, tmp_path / "tiny"))
 
 
-@pytest.fixture
-def reading(tiny: Path) -> Path:
+@pytest.fixture(scope="session")
+def built_reading(built_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny bundle with an encoder, so that it can start from a picture."""
     from litapp.bundle import write_manifest
 
-    save_network(tiny / "vae_encoder/model.onnx", VAE_ENCODER)
+    root = Path(shutil.copytree(built_bundle, tmp_path_factory.mktemp("reading") / "tiny"))
+    save_network(root / "vae_encoder/model.onnx", VAE_ENCODER)
     encoder = {"vae_encoder": {"path": "vae_encoder/model.onnx"}}
-    write_manifest(tiny, {**MANIFEST, "components": {**MANIFEST["components"], **encoder}})
-    return tiny
+    write_manifest(root, {**MANIFEST, "components": {**MANIFEST["components"], **encoder}})
+    return root
+
+
+@pytest.fixture
+def reading(built_reading: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(built_reading, tmp_path / "reading"))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -18,6 +19,8 @@ from fastapi.testclient import TestClient
 
 from litapp import TextToImage
 from litapp.history import History
+from litapp.png import encode_png
+from litapp.request import MAX_GIVEN
 from litapp.server import create_app
 from litapp.worker import MAX_QUEUE, Worker
 
@@ -97,6 +100,41 @@ def test_variations_of_a_picture_in_the_history(reading: Path) -> None:
     worker.close()
 
 
+def test_a_picture_sent_along_is_drawn_from(reading: Path) -> None:
+    sketch = Image.effect_noise((80, 64), 90).convert("RGBA")
+    sent = base64.b64encode(encode_png(sketch)).decode()
+    worker = Worker(TextToImage.load(reading, resident=True), History())
+    with TestClient(create_app(worker), base_url=BASE) as client:
+        job = drawn(client, worker, init_image=sent, strength=0.5, steps=4, seed=3)
+        assert (job["state"], job["init"], job["steps"]) == ("done", "", 2)
+        picture = client.get(f"/api/v1/pictures/{job['pictures'][0]}").json()
+        png = client.get(picture["url"]).content
+        wanted = worker.model("a red apple", **SMALL, seed=3, steps=4, init=sketch, strength=0.5)
+        assert picture["parameters"] == wanted.parameters
+        with Image.open(io.BytesIO(png)) as image:
+            assert np.array_equal(np.asarray(image), np.asarray(wanted.image))
+        jpeg = io.BytesIO()
+        sketch.convert("RGB").save(jpeg, "JPEG")
+        wide = io.BytesIO()
+        Image.new("1", (1 << 14, (1 << 12) + 1)).save(wide, "PNG")
+        for content, told in (
+            ("?", "not base64"),
+            ("\N{SNOWMAN}", "not base64"),
+            ("", "not a picture"),
+            (base64.b64encode(jpeg.getvalue()).decode(), "not a picture"),
+            (base64.b64encode(encode_png(sketch)[:-40]).decode(), "cannot read the file"),
+            (base64.b64encode(wide.getvalue()).decode(), "16384x4097 pixels, which is more than"),
+            ("A" * (MAX_GIVEN + 1), "init_image: "),
+        ):
+            order = {"prompt": "a cat", **SMALL, "init_image": content}
+            answer = client.post("/api/v1/generate", json=order)
+            assert (answer.status_code, told in answer.json()["detail"]) == (422, True), told
+        both = {"prompt": "a cat", **SMALL, "init_image": sent, "init": "0" * 16}
+        assert "either init or" in client.post("/api/v1/generate", json=both).json()["detail"]
+        assert len(client.get("/api/v1/jobs").json()["jobs"]) == 1
+    worker.close()
+
+
 def test_a_model_without_an_encoder_has_no_variations(client: TestClient, worker: Worker) -> None:
     assert not client.get("/api/v1/model").json()["variations"]
     order = {"prompt": "a cat", **SMALL, "init": drawn(client, worker)["pictures"][0]}
@@ -170,7 +208,7 @@ def test_other_sites_may_not_post(client: TestClient) -> None:
 
 
 def test_a_huge_body_is_refused(client: TestClient) -> None:
-    answer = client.post("/api/v1/generate", content=b" " * (1 << 21))
+    answer = client.post("/api/v1/generate", content=b" " * ((1 << 26) + 1))
     assert answer.status_code == 413
 
 

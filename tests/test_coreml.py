@@ -310,9 +310,10 @@ def lit_s_2() -> Graph:
 def kl() -> Graph:
     torch.manual_seed(0)
     autoencoder = AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
     )
@@ -322,9 +323,7 @@ def kl() -> Graph:
 
 def dc() -> Graph:
     torch.manual_seed(0)
-    blocks = ("ResBlock",) * 5 + ("EfficientViTBlock",)
-    scales = ((),) * 5 + ((5,),)
-    widths = (8, 8, 8, 8, 16, 16)
+    blocks, scales, widths = ("ResBlock", "EfficientViTBlock"), ((), (5,)), (8, 16)
     autoencoder = AutoencoderDC(
         latent_channels=4,
         attention_head_dim=8,
@@ -332,8 +331,8 @@ def dc() -> Graph:
         decoder_block_types=blocks,
         encoder_block_out_channels=widths,
         decoder_block_out_channels=widths,
-        encoder_layers_per_block=(1,) * 6,
-        decoder_layers_per_block=(1,) * 6,
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
         encoder_qkv_multiscales=scales,
         decoder_qkv_multiscales=scales,
     )
@@ -347,8 +346,8 @@ def dc() -> Graph:
         (bert, "text_encoder", 8),
         (t5, "text_encoder", 8),
         (lit_s_2, "transformer", 8),
-        (kl, "vae_decoder", 8),
-        (dc, "vae_decoder", 32),
+        (kl, "vae_decoder", 2),
+        (dc, "vae_decoder", 2),
     ],
 )
 def test_the_networks_of_other_models_convert(

@@ -42,9 +42,9 @@ BASE = "http://127.0.0.1:7860"
 
 
 @pytest.fixture(scope="module")
-def worker(built_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+def worker(built_reading: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     root = tmp_path_factory.mktemp("ui")
-    model = Path(shutil.copytree(built_bundle, root / "tiny"))
+    model = Path(shutil.copytree(built_reading, root / "tiny"))
     fields = json.loads((model / "litapp.json").read_text())
     kept = {k: v for k, v in fields.items() if k not in ("files", "schema_version")}
     write_manifest(model, {**kept, "styles": STYLES})
@@ -158,9 +158,9 @@ def test_the_launcher_starts_this_python(tmp_path: Path, monkeypatch: pytest.Mon
     program = bundle / "Contents/MacOS/litapp"
     assert program.read_text().endswith("exec '/opt/my 100% $python/bin/python' -m litapp ui\n")
     assert program.stat().st_mode & 0o111
-    assert (
-        '"/opt/my 100%% $python/bin/python" -m litapp ui' in install_launcher("win32").read_text()
-    )
+    first, second = install_launcher("win32").read_text(encoding="utf-8").splitlines()
+    assert first == "@chcp 65001 >nul"  # else a name beyond ASCII is misread
+    assert second == '@start "litapp" /min "/opt/my 100%% $python/bin/python" -m litapp ui'
 
 
 @pytest.fixture
@@ -190,6 +190,19 @@ def test_generate_draws_on_a_running_server(running: str, worker: Worker) -> Non
     assert [image["path"] for image in images] == ["a-cat-5.png", "a-red-cat-5.png"]
     local = worker.model("a cat", width=64, height=64, seed=5)
     assert images[0]["parameters"] == local.parameters
+    Image.effect_noise((96, 64), 90).save("sketch.png")
+    options = ["--init", "sketch.png", "--strength", "0.5", "--json", *size]
+    results = [
+        CliRunner().invoke(cli, ["generate", "a cat", *options, "-o", name, *where])
+        for name, where in (
+            ("far.png", ["--server"]),
+            ("near.png", ["--model", str(worker.model.bundle.root)]),
+        )
+    ]
+    far, near = (json.loads(result.stdout)["images"][0]["parameters"] for result in results)
+    assert far == near and far["strength"] == 0.5
+    with Image.open("far.png") as one, Image.open("near.png") as other:
+        assert one.tobytes() == other.tobytes()
     refused = CliRunner().invoke(cli, ["generate", "a cat", "--server", "--res", "65"])
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert "width" in refused.stderr

@@ -18,7 +18,7 @@ from litapp.errors import LitappError
 from litapp.history import Entry
 from litapp.images import read_parameters
 from litapp.manifest import ENCODER
-from litapp.server.guard import READ_PATH, LoopbackOnly
+from litapp.server.guard import GENERATE_PATH, READ_PATH, LoopbackOnly
 from litapp.server.reference import reference_page
 from litapp.server.schemas import Generate, Jobs, JobState, Model, Picture, Pictures, Problem
 from litapp.worker import QueueFull, Worker
@@ -109,7 +109,7 @@ def _add_job_routes(app: FastAPI, worker: Worker) -> None:
         )
 
     @app.post(
-        "/api/v1/generate",
+        GENERATE_PATH,
         status_code=202,
         tags=["jobs"],
         responses={**REFUSED, 429: {"model": Problem}},

@@ -8,9 +8,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["CONTENT_POLICY", "READ_PATH", "LoopbackOnly"]
+__all__ = ["CONTENT_POLICY", "GENERATE_PATH", "READ_PATH", "LoopbackOnly"]
 
 READ_PATH = "/api/v1/parameters"
+GENERATE_PATH = "/api/v1/generate"
 MAX_JSON, MAX_PICTURE = 1 << 20, 1 << 26
 
 # Nothing may be loaded from, or sent to, anywhere else. Gradio compiles its templates.
@@ -66,7 +67,7 @@ def _refusal(path: str, headers: Headers) -> tuple[int, str] | None:
     if origin is not None and origin != f"http://{host}":
         return 403, "another site's page may not use this server"
     length = headers.get("content-length", "0")
-    limit = MAX_PICTURE if path == READ_PATH else MAX_JSON
+    limit = MAX_PICTURE if path in (READ_PATH, GENERATE_PATH) else MAX_JSON
     if path.startswith("/api/") and not (length.isdecimal() and int(length) <= limit):
         return 413, "the request is too large"
     return None

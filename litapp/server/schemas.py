@@ -8,7 +8,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from litapp.history import Entry
-from litapp.request import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_SIDE, MAX_STEPS, MIN_SIDE
+from litapp.request import (
+    MAX_GIVEN,
+    MAX_GUIDANCE,
+    MAX_PROMPT,
+    MAX_SEED,
+    MAX_SIDE,
+    MAX_STEPS,
+    MIN_SIDE,
+)
 from litapp.worker import MAX_COUNT, Job
 
 __all__ = ["Generate", "JobState", "Jobs", "Model", "Picture", "Pictures", "Problem"]
@@ -32,8 +40,14 @@ class Generate(BaseModel):
     init: str | None = Field(
         None, pattern="^[0-9a-f]{16}$", description="Id of a picture in the history to start from."
     )
+    init_image: str | None = Field(
+        None,
+        max_length=MAX_GIVEN,
+        description="Instead of init: a PNG of up to 64 megapixels, in base64.",
+        json_schema_extra={"contentEncoding": "base64", "contentMediaType": "image/png"},
+    )
     strength: float | None = Field(
-        None, gt=0, le=1, description="With init: how much of it is drawn anew."
+        None, gt=0, le=1, description="With init or init_image: how much of it is drawn anew."
     )
 
 
@@ -79,7 +93,9 @@ class JobState(BaseModel):
     guidance: float
     seed: int
     count: int
-    init: str = Field(description="Id of the picture it starts from; empty for none.")
+    init: str = Field(
+        description="Id of the picture it starts from; empty for none, or for one that was given."
+    )
     strength: float
     step: int = Field(description="Finished steps of the picture being drawn.")
     steps: int

@@ -31,7 +31,8 @@ Categories=Graphics;
 
 
 def install_launcher(platform: str = sys.platform) -> Path:
-    """Write a launcher and return it: a ``.desktop`` file, a ``.app`` or a Start menu entry.
+    """Write a launcher and return it: a ``.desktop`` file, a ``.app`` or a ``.cmd`` in the
+    Start menu.
 
     Raises:
         LitappError: it cannot be written.
@@ -83,7 +84,10 @@ def _start_menu() -> Path:
     roaming = Path(os.environ.get("APPDATA") or Path.home() / "AppData/Roaming")
     entry = roaming / "Microsoft/Windows/Start Menu/Programs/litapp.cmd"
     python = sys.executable.replace("%", "%%")
-    _write(entry, f'@"{python}" -m litapp ui\r\n'.encode())
+    # Not a .lnk, which only COM writes. Names of users may hold any letter, and a console that is
+    # not looked at is minimised.
+    lines = ("@chcp 65001 >nul", f'@start "litapp" /min "{python}" -m litapp ui', "")
+    _write(entry, "\r\n".join(lines).encode())
     return entry
 
 

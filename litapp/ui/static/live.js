@@ -301,15 +301,15 @@ window.litapp ??= (() => {
     follow((jobs) => {
       const waiting = jobs.filter((job) => job.state === "queued");
       root.hidden = waiting.length === 0;
+      const key = waiting.map((job) => job.id).join();
+      if (root.dataset.key === key) return;
+      root.dataset.key = key;
       const rows = waiting.map((job) => {
         const remove = button("Remove", () => cancelJob(job.id));
         remove.setAttribute("aria-label", `Remove ${job.prompt}`);
         const count = job.count > 1 ? ` × ${job.count}` : "";
         return make("li", {}, make("span", { textContent: job.prompt + count, title: job.prompt }), remove);
       });
-      const key = waiting.map((job) => job.id).join();
-      if (root.dataset.key === key) return;
-      root.dataset.key = key;
       root.replaceChildren(make("h3", { textContent: `Waiting · ${waiting.length}` }), make("ol", {}, ...rows));
     });
   }
