@@ -352,9 +352,8 @@ class TextToImage:
         width, height = (side // manifest.reduction for side in plan.canvas)
         rng = np.random.Generator(np.random.PCG64(request.seed))
         noise = rng.standard_normal((1, manifest.channels, height, width), dtype=np.float32)
-        timesteps = self._schedule.timesteps(request.steps)
+        timesteps = self._schedule.timesteps(request.steps, request.strength)
         if start is not None:
-            timesteps = timesteps[-request.drawn_steps :]
             alpha, sigma = self._schedule.alpha_sigma(timesteps[0])
             noise = np.float32(alpha) * start + np.float32(sigma) * noise
         return SAMPLERS[manifest.sampler](

@@ -94,15 +94,24 @@ class NoiseSchedule:
         alphas_cumprod = np.cumprod(alphas, dtype=np.float64).astype(np.float32)
         return cls(alphas_cumprod.astype(np.float64), prediction, spacing)
 
-    def timesteps(self, steps: int) -> list[int]:
-        """The ``steps`` timesteps to visit, falling. Raises LitappError unless 1 <= steps <= T."""
+    def timesteps(self, steps: int, strength: float = 1.0) -> list[int]:
+        """The timesteps to visit, falling: of ``steps``, the last ceil(steps * strength).
+
+        With the spacing ``"trailing"`` they begin at ``strength`` of the way, however few there
+        are: a picture to start from is noised as far as was asked for.
+
+        Raises:
+            LitappError: ``steps`` is not from 1 to T.
+        """
         total = len(self.alphas_cumprod)
         if not 1 <= steps <= total:
             raise LitappError(f"the number of steps must be from 1 to {total}, not {steps}")
+        drawn = math.ceil(steps * strength)
         if self.spacing == "leading":
-            return [int(t) for t in (np.arange(steps) * (total // steps))[::-1]]
+            return [int(t) for t in (np.arange(steps) * (total // steps))[::-1]][-drawn:]
+        reach = max(total * strength, drawn)
         # Counted, not arange'd to a float end: that yields one step too many for some counts.
-        return [int(t) - 1 for t in np.round(total - np.arange(steps) * (total / steps))]
+        return [int(t) - 1 for t in np.round(reach - np.arange(drawn) * (reach / drawn))]
 
     def alpha_sigma(self, t: int) -> tuple[float, float]:
         """``(alpha_t, sigma_t)``; t = -1 is the clean image, (1, 0)."""

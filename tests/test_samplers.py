@@ -138,6 +138,29 @@ def test_trailing_timesteps_start_at_the_noisiest_and_are_those_of_diffusers(ste
     assert ours[0] == 999
 
 
+@pytest.mark.parametrize(
+    ("steps", "strength", "timesteps"),
+    [
+        (4, 1.0, [999, 749, 499, 249]),
+        (4, 0.35, [349, 174]),
+        (20, 0.2, [199, 149, 99, 49]),
+        (1, 0.01, [9]),
+        (1000, 0.002, [1, 0]),
+        (1000, 0.0015, [1, 0]),
+    ],
+)
+def test_timesteps_begin_at_the_strength_however_few_they_are(
+    steps: int, strength: float, timesteps: list[int]
+) -> None:
+    schedule = NoiseSchedule.from_config(config_of(COSINE_V))
+    assert schedule.timesteps(steps, strength) == timesteps
+
+
+def test_leading_timesteps_are_cut_at_the_strength() -> None:
+    config = {**config_of(COSINE_V), "timestep_spacing": "leading"}
+    assert NoiseSchedule.from_config(config).timesteps(4, 0.5) == [250, 0]
+
+
 @pytest.mark.parametrize("kind", [COSINE_V, LINEAR_V])
 def test_schedule_is_that_of_diffusers(kind: dict[str, str]) -> None:
     reference = schedulers.DDPMScheduler(**config_of(kind)).alphas_cumprod.numpy()
