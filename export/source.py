@@ -174,6 +174,7 @@ class Source:
             "sampler": {"clip_x0": None, **about["sampler"]},
             "text": {"max_length": length, "pooled": bool(lit["pooled_projection_dim"])},
             "preview": self.config("vae_decoder").get("preview"),
+            "styles": about.get("styles", {}),
         }
 
     def _halo(self) -> int | None:
@@ -308,6 +309,9 @@ def _load_about(path: Path) -> dict[str, Any]:
         values = about.get(table) if table else about
         if not isinstance(values, dict) or not isinstance(values.get(key), kind):
             raise LitappError(f"{path} has no valid {table}{'.' if table else ''}{key}")
+    styles = about.get("styles", {})
+    if not isinstance(styles, dict) or not all(isinstance(v, str) for v in styles.values()):
+        raise LitappError(f"{path}: [styles] must be names with the words that a prompt ends with")
     if (sampler := about["sampler"]["name"]) not in SAMPLERS:
         raise LitappError(f"{path}: no sampler {sampler!r}; use one of {', '.join(SAMPLERS)}")
     return about

@@ -49,6 +49,8 @@ guidance = 2.0
 clip_x0 = 4.0
 [canvas]
 native = 256
+[styles]
+Snow = "in the snow"
 """
 
 SCHEDULER = {
@@ -311,6 +313,7 @@ def test_an_int8_bundle_draws(
     assert CONCEPTS in found.manifest.files
     assert read_concepts(output / CONCEPTS) == CONCEPTS_SCORED
     assert found.manifest.reduction == 64 and found.manifest.multiple == 128
+    assert found.manifest.styles == {"Snow": "in the snow"}
     for name in (*COMPONENTS, ENCODER):
         component = found.manifest.components[name]
         assert component.precision in SCHEMES["int8"][name]
@@ -525,6 +528,10 @@ def edit(name: str, old: str, new: str) -> Any:
         (lambda root: (root / "model.toml").write_bytes(b"name = \xff"), "model.toml is damaged"),
         (edit("model.toml", "steps = 3", ""), "has no valid sampler.steps"),
         (edit("model.toml", "dpmsolver++", "magic"), "no sampler 'magic'"),
+        (
+            edit("model.toml", "[canvas]", "[styles]\nSnow = 3\n[canvas]"),
+            r"\[styles\] must be names",
+        ),
         (edit("model.toml", "[licenses]", 'readme = "card.md"\n[licenses]'), "card.md"),
         (edit("scheduler/scheduler_config.json", "linear", "cubic"), "beta_schedule 'cubic'"),
         (
