@@ -159,6 +159,20 @@ def test_the_art_is_nearer_to_the_art_than_noise_is(gallery: Gallery) -> None:
     assert same["distance"] < 0.05 * same["floor"] and same["floor"] < data["distance"]
 
 
+def test_the_verifiers_accuracy_is_measured_once(
+    gallery: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = load_prompts()[:2]
+    calls = []
+    report = sceneeval.VerifierReport({"single": 0.5}, {"single": 1.0})
+    monkeypatch.setattr(sceneeval, "verify", lambda *_: calls.append(1) or report)
+    world = World(tuple(SOME), DrawnStore(), shrunk, gallery, tmp_path / "new")
+    assert world.verifier(prompts) == world.verifier(prompts) == report
+    assert len(calls) == 1
+    assert world.verifier(load_prompts()[:3]) == report
+    assert len(calls) == 2
+
+
 def test_sample_sets_are_what_numpy_reads(tmp_path: Path) -> None:
     images = [Image.new("RGBA", (8, 4), c) for c in ((255, 0, 0, 255), (0, 0, 0, 0))]
     with sample_set(tmp_path / "new" / "x.npz", 2) as add:

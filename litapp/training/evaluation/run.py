@@ -96,7 +96,7 @@ def main(options: Options) -> None:
     _note("gallery")
     cache = home() / "evaluation"
     gallery = build_gallery(store, concepts, options.styles, extract, cache)
-    world = World(tuple(concepts), store, extract, gallery)
+    world = World(tuple(concepts), store, extract, gallery, cache)
     report: dict[str, Any] = {**subject, "styles": list(options.styles), "suites": {}}
     for name in ALL if options.suite == "all" else (options.suite,):
         suite = SUITES[name](world, options.pictures)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,20 +20,39 @@ from litapp.training.evaluation import retrieval, sceneeval
 from litapp.training.evaluation.draw import Job
 from litapp.training.evaluation.features import SIDE, Extractor
 from litapp.training.evaluation.frechet import frechet_distance
-from litapp.training.evaluation.gallery import Gallery
-from litapp.training.evaluation.prompts import load_prompts
+from litapp.training.evaluation.gallery import VERSION, Gallery
+from litapp.training.evaluation.prompts import ScenePrompt, load_prompts
+from litapp.training.evaluation.sceneeval import VerifierReport
 from litapp.training.evaluation.segment import WORKING_SIDE, as_premultiplied, on_white
 from litapp.training.evaluation.verifier import Detector
 
 
 @dataclass(frozen=True)
 class World:
-    """What all suites share."""
+    """What all suites share; ``cache`` keeps what comes out the same for every model."""
 
     concepts: tuple[Concept, ...]
     store: SpriteStore
     extract: Extractor
     gallery: Gallery
+    cache: Path | None = None
+
+    def verifier(self, prompts: Sequence[ScenePrompt]) -> VerifierReport:
+        """The verifier's accuracy on rendered pictures: minutes, so it is kept."""
+        detect = Detector(self.extract, self.gallery)
+        if self.cache is None:
+            return sceneeval.verify(prompts, self.concepts, self.store, detect)
+        key = hashlib.sha256(self.gallery.features.tobytes())
+        key.update(repr((VERSION, *prompts)).encode())
+        path = self.cache / f"verifier-{key.hexdigest()[:16]}.json"
+        if path.is_file():
+            return VerifierReport(**json.loads(path.read_text()))
+        report = sceneeval.verify(prompts, self.concepts, self.store, detect)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(report)))
+        partial.replace(path)
+        return report
 
 
 @dataclass(frozen=True)
@@ -61,7 +83,7 @@ class SceneEval:
         world = self.world
         detect = Detector(world.extract, world.gallery)
         report = sceneeval.score(zip(self.prompts, images), detect)
-        own = sceneeval.verify(self.prompts, world.concepts, world.store, detect)
+        own = world.verifier(self.prompts)
         columns = {
             "model": report.by_kind,
             "art accepted": own.accepted,
@@ -94,9 +116,7 @@ class Verifier:
         self.jobs: list[Job] = []
 
     def measure(self, images: Iterable[Image.Image]) -> Result:
-        world = self.world
-        detect = Detector(world.extract, world.gallery)
-        own = sceneeval.verify(self.prompts, world.concepts, world.store, detect)
+        own = self.world.verifier(self.prompts)
         lines = _table({"art accepted": own.accepted, "near miss refused": own.refused})
         return Result(asdict(own), lines)
 
