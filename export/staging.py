@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from litapp.errors import LitappError
+from litapp.errors import EXIT_CANCELLED, LitappError
 from litapp.manifest import read_json
 
-__all__ = ["Staging"]
+__all__ = ["COMPANIONS", "Staging"]
+
+# The folder of all files of the bundle but its networks and manifest.
+COMPANIONS = "companions"
 
 
 class Staging:
@@ -36,6 +41,9 @@ class Staging:
         """The folder for the length of a block.
 
         It goes when the block succeeds; where it fails, what is done stays for the next run.
+
+        Raises:
+            LitappError: the block was interrupted from the keyboard.
         """
         for other in self.folder.parent.glob(f"{self._prefix}*"):
             if other != self.folder:
@@ -43,9 +51,13 @@ class Staging:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             yield self.folder
-        except BaseException:
-            if not any(self.folder.glob("*/*.done")):
+        except BaseException as error:
+            kept = any(self.folder.glob("*/*.done"))
+            if not kept:
                 shutil.rmtree(self.folder, ignore_errors=True)
+            if isinstance(error, KeyboardInterrupt):
+                hint = "; the same command goes on where it was" if kept else ""
+                raise LitappError(f"interrupted{hint}", EXIT_CANCELLED) from error
             raise
         shutil.rmtree(self.folder)
 
@@ -64,14 +76,14 @@ class Staging:
 def run_process(step: str, folder: Path, component: str) -> None:
     """``litapp.export.child`` as a process; raises LitappError with the line that it ends with."""
     command = [sys.executable, "-m", "litapp.export.child", step, str(folder), component]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with _deaf_to_interrupts():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with process:
         try:
             said, _ = process.communicate()
         except BaseException:  # interrupted: the child must not go on alone
             process.terminate()
             raise
-    if process.returncode == 130:
-        raise KeyboardInterrupt
     if process.returncode < 0:
         raise LitappError(
             f"{component}: the process for {step} was killed by signal {-process.returncode}, most"
@@ -79,3 +91,19 @@ def run_process(step: str, folder: Path, component: str) -> None:
         )
     if process.returncode:
         raise LitappError(said.strip() or f"{component}: {step} failed, see above")
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that start here ignore Ctrl-C, which a terminal sends them too.
+
+    This process ends them instead, without the traceback of whatever they were importing.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -20,7 +20,7 @@ from litapp import TextToImage, bundle, export
 from litapp.cli import app
 from litapp.concepts import CONCEPTS, ConceptScore, read_concepts, write_concepts
 from litapp.engines import OnnxNetwork
-from litapp.errors import LitappError
+from litapp.errors import EXIT_CANCELLED, LitappError
 from litapp.export import child, gate, parity, staging
 from litapp.export.graphs import Graph, graphs, save_graph
 from litapp.export.quantise import INT8, QUANTISERS, SCHEMES, to_int8
@@ -427,8 +427,9 @@ def test_an_interrupted_export_goes_on_where_it_was(
 
     monkeypatch.setattr(staging, "run_process", interrupted)
     output = tmp_path / "bundles/out"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(LitappError, match=r"^interrupted; the same command goes on") as caught:
         export.main("onnx", model, "fp16", output)
+    assert caught.value.exit_code == EXIT_CANCELLED
     assert not output.exists() and steps[-1] == ("trace", "transformer")
     steps.append(("the run", "again"))
     export.main("onnx", model, "fp16", output)
