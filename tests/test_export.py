@@ -286,6 +286,21 @@ def test_int8_products_of_onnx_runtime_are_those_that_were_predicted(
         assert 0.5 * predicted[name] < measured < 2 * predicted[name] + 0.01
 
 
+def test_layers_that_ran_before_need_not_run_again(source: Source) -> None:
+    from litapp.export.sensitivity import _int8, sensitivity
+
+    graph = graphs(source)["transformer"]
+    inputs = inputs_of("transformer", (2, 4, 4, 5))
+    arguments = [torch.from_numpy(value) for value in inputs.values()]
+    found = sensitivity(graph, [inputs])
+    with torch.inference_mode():
+        exact = graph.network(*arguments)
+        for name in list(found)[::7]:
+            with _int8(graph.network.get_submodule(name)):
+                error = (graph.network(*arguments) - exact).norm() / exact.norm()
+            assert found[name] == pytest.approx(float(error), rel=1e-4)
+
+
 def test_layers_are_kept_in_float_until_the_rest_is_within_the_target() -> None:
     from litapp.export.sensitivity import TARGET, kept_layers
 
