@@ -1,8 +1,10 @@
 """What an export takes and loses: ``python benchmarks/export.py``, one row per network.
 
 Random networks of real shapes, and folders of trained models given as arguments, go through
-``litapp export``; the figures are those that it leaves in ``litapp.json``. The 0.6B transformer
-wants 10 GB of disk. Needs torch (extra ``export``).
+``litapp export`` to both targets; the figures are those that it leaves in ``litapp.json``, which
+are shown of folders of bundles. dB of ONNX have the range of torch's answers as their peak, those
+of Core ML the largest of them. The 0.6B transformer wants 10 GB of disk. Needs torch (extra
+``export``).
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from diffusers import AutoencoderDC, AutoencoderKL, ModelMixin
 from machine import show
 from transformers import T5Config, T5EncoderModel
 
+from litapp.export import TARGETS
+from litapp.manifest import MANIFEST
 from litapp.models.dit import LiTDiTTransformer2DModel
 from litapp.models.lit import LiTTransformer2DModel
 from litapp.models.sizes import dit_config, pixart_sigma_config
@@ -72,23 +76,30 @@ def save(name: str, root: Path) -> Path:
     return root / name
 
 
-def export(model: Path, precision: str, root: Path) -> list[dict[str, object]]:
-    """Rows of the table, one per network of the model."""
-    output = root / f"{model.name}-{precision}"
-    command = ["export", "--model", model, "--precision", precision, "--output", output]
+def export(model: Path, target: str, precision: str, root: Path) -> Path:
+    """The folder of the bundle."""
+    output = root / f"{model.name}-{target}-{precision}"
+    command = ["export", "--target", target, "--model", model, "--precision", precision]
+    command += ["--output", output]
     subprocess.run(
         [sys.executable, "-m", "litapp", *map(str, command), "--allow-below-gate"],
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    raw = json.loads((output / "litapp.json").read_text(encoding="utf-8"))
+    return output
+
+
+def measured(bundle: Path) -> list[dict[str, object]]:
+    """Rows of the table, one per network of the bundle, and one for its pictures."""
+    raw = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
     rows: list[dict[str, object]] = []
     for component, entry in raw["components"].items():
-        size = sum(path.stat().st_size for path in (output / component).iterdir())
+        size = sum(p.stat().st_size for p in (bundle / component).rglob("*") if p.is_file())
         effort, parity = entry["export"], entry["parity"]
         rows.append(
             {
-                "network": f"{model.name}, {component}",
+                "network": f"{raw['name']}, {component}",
+                "target": "coreml" if entry["path"].endswith(".mlpackage") else "onnx",
                 "made of": entry["precision"],
                 "fp32 MB": round(effort["fp32_bytes"] / 1e6),
                 "MB": round(size / 1e6, 1),
@@ -99,24 +110,31 @@ def export(model: Path, precision: str, root: Path) -> list[dict[str, object]]:
             }
         )
     if "median_psnr" in raw["parity"]:
-        blank = dict.fromkeys(rows[0], "")
-        median = raw["parity"]["median_psnr"]
-        rows.append(blank | {"network": f"{model.name}, pictures", "dB": median})
+        shown = {"network": f"{raw['name']}, pictures", "target": rows[0]["target"]}
+        shown["dB"] = raw["parity"]["median_psnr"]
+        rows.append(dict.fromkeys(rows[0], "") | shown)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", help="folders of trained models, or names of ours")
+    parser.add_argument(
+        "models", nargs="*", help="folders of trained models or of bundles, or names of ours"
+    )
+    parser.add_argument("--target", choices=TARGETS, help="one alone instead of both")
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
     for name in options.models or MODELS:
+        if (Path(name) / MANIFEST).is_file():
+            rows += measured(Path(name))
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             root = Path(scratch)
             model = save(name, root) if name in MODELS else Path(name)
-            rows += export(model, options.precision, root)
+            for target in [options.target] if options.target else TARGETS:
+                rows += measured(export(model, target, options.precision, root))
     show(rows, options.json)
 
 

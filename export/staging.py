@@ -43,14 +43,15 @@ class Staging:
         It goes when the block succeeds; where it fails, what is done stays for the next run.
 
         Raises:
-            LitappError: the block was interrupted from the keyboard.
+            LitappError: the block was interrupted, by Ctrl-C or SIGTERM.
         """
         for other in self.folder.parent.glob(f"{self._prefix}*"):
             if other != self.folder:
                 shutil.rmtree(other)
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            yield self.folder
+            with _interrupted_by_sigterm():
+                yield self.folder
         except BaseException as error:
             kept = any(self.folder.glob("*/*.done"))
             if not kept:
@@ -76,14 +77,16 @@ class Staging:
 def run_process(step: str, folder: Path, component: str) -> None:
     """``litapp.export.child`` as a process; raises LitappError with the line that it ends with."""
     command = [sys.executable, "-m", "litapp.export.child", step, str(folder), component]
-    with _deaf_to_interrupts():
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    with process:
-        try:
-            said, _ = process.communicate()
-        except BaseException:  # interrupted: the child must not go on alone
-            process.terminate()
-            raise
+    process = None
+    try:
+        with _interrupts_postponed():
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        said, _ = process.communicate()
+    except BaseException:  # interrupted: the child must not go on alone
+        if process is not None:
+            process.kill()
+            process.communicate()
+        raise
     if process.returncode < 0:
         raise LitappError(
             f"{component}: the process for {step} was killed by signal {-process.returncode}, most"
@@ -94,16 +97,36 @@ def run_process(step: str, folder: Path, component: str) -> None:
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes that start here ignore Ctrl-C, which a terminal sends them too.
+def _interrupts_postponed() -> Iterator[None]:
+    """Start a process that never sees Ctrl-C; what comes meanwhile is raised after the block.
 
-    This process ends them instead, without the traceback of whatever they were importing.
+    A terminal sends Ctrl-C to all, and a child would tell at length what it was importing.
     """
-    if threading.current_thread() is not threading.main_thread():  # where signals cannot be set
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    noted = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: noted.append(True)) for number in numbers]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+    if noted:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM do what Ctrl-C does; signals can be set in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -503,6 +505,30 @@ def test_a_process_that_is_killed_is_told_in_one_line(
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(LitappError, match=r"transformer: .* killed by signal 9, .* of memory"):
         RUN_PROCESS("trace", tmp_path, "transformer")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals and a shell")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_process_of_the_step_and_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    python, pid = tmp_path / "python", tmp_path / "pid"
+    # What a terminal sends to all its processes, this one ignores.
+    lines = ("#!/bin/sh", "kill -INT $$", f"echo $$ >{pid}", f"kill -{number.value} $PPID")
+    python.write_text("\n".join([*lines, "exec sleep 60"]))
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may be deaf to it
+    with (
+        pytest.raises(LitappError, match=r"^interrupted$") as caught,
+        staging.Staging(tmp_path / "bundles/out", "key").working() as folder,
+    ):
+        RUN_PROCESS("trace", folder, "transformer")
+    signal.signal(signal.SIGINT, before)
+    assert caught.value.exit_code == EXIT_CANCELLED
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert list((tmp_path / "bundles").iterdir()) == []
 
 
 def poison(root: Path) -> None:
