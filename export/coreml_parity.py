@@ -5,6 +5,7 @@ Without a Mac the packages run in :mod:`litapp.export.mil`.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections import defaultdict
@@ -285,18 +286,24 @@ def _torch(graph: Graph) -> Runner:
 
 
 def _random_calls(graph: Graph, network: Network) -> list[tuple[Arrays, Answers]]:
-    """One call of random numbers, for parts of a model that do not draw by themselves."""
+    """One call of random numbers, for parts of a model that do not draw by themselves.
+
+    It is of the smallest canvas, as the interpreter takes minutes for the large ones of some.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs: Arrays = {}
     for name, value in network.inputs.items():
+        shape = tuple(value.shape)
+        if name == network.flexible:
+            shape = min(network.shapes, key=math.prod)
         if name.endswith("mask"):
-            inputs[name] = np.ones(value.shape, dtype=np.int64)
+            inputs[name] = np.ones(shape, dtype=np.int64)
         elif value.dtype == torch.int32:
-            inputs[name] = torch.randint(0, 10, value.shape, generator=generator).numpy()
+            inputs[name] = torch.randint(0, 10, shape, generator=generator).numpy()
         elif name == "timestep":
-            inputs[name] = np.full(value.shape, 500, dtype=np.float32)
+            inputs[name] = np.full(shape, 500, dtype=np.float32)
         else:
-            inputs[name] = torch.randn(value.shape, generator=generator).numpy()
+            inputs[name] = torch.randn(shape, generator=generator).numpy()
     return [(inputs, _torch(graph)(**inputs))]
 
 
