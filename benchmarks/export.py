@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -76,21 +77,32 @@ def save(name: str, root: Path) -> Path:
     return root / name
 
 
-def export(model: Path, target: str, precision: str, root: Path) -> Path:
-    """The folder of the bundle."""
+def export(model: Path, target: str, precision: str, root: Path) -> tuple[Path, float]:
+    """The folder of the bundle, and the CPU seconds of all the processes that made it."""
     output = root / f"{model.name}-{target}-{precision}"
     command = ["export", "--target", target, "--model", model, "--precision", precision]
     command += ["--output", output]
+    before = cpu_seconds()
     subprocess.run(
         [sys.executable, "-m", "litapp", *map(str, command), "--allow-below-gate"],
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    return output
+    return output, cpu_seconds() - before
 
 
-def measured(bundle: Path) -> list[dict[str, object]]:
-    """Rows of the table, one per network of the bundle, and one for its pictures."""
+def cpu_seconds() -> float:
+    """Of the processes that this one started and that have ended, and of those that they did."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def measured(bundle: Path, cpu: float | None = None) -> list[dict[str, object]]:
+    """Rows of the table, one per network of the bundle, and one for the whole.
+
+    Args:
+        cpu: seconds that the export took of CPUs, where it is known.
+    """
     raw = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
     rows: list[dict[str, object]] = []
     for component, entry in raw["components"].items():
@@ -104,15 +116,19 @@ def measured(bundle: Path) -> list[dict[str, object]]:
                 "fp32 MB": round(effort["fp32_bytes"] / 1e6),
                 "MB": round(size / 1e6, 1),
                 "seconds": round(effort["seconds"]),
+                "CPU s": "",
                 "peak MB": effort["peak_mb"],
                 "error": f"{100 * parity['relative_error']:.2g} %",
                 "dB": round(parity["psnr"], 1),
             }
         )
-    if "median_psnr" in raw["parity"]:
-        shown = {"network": f"{raw['name']}, pictures", "target": rows[0]["target"]}
-        shown["dB"] = raw["parity"]["median_psnr"]
-        rows.append(dict.fromkeys(rows[0], "") | shown)
+    median = raw["parity"].get("median_psnr", "")
+    whole = {"network": f"{raw['name']}, all and pictures", "target": rows[0]["target"]}
+    whole |= {"dB": median, "CPU s": "" if cpu is None else round(cpu)}
+    if len(rows) == 1:
+        rows[0]["CPU s"] = whole["CPU s"]
+    else:
+        rows.append(dict.fromkeys(rows[0], "") | whole)
     return rows
 
 
@@ -134,7 +150,7 @@ def main() -> None:
             root = Path(scratch)
             model = save(name, root) if name in MODELS else Path(name)
             for target in [options.target] if options.target else TARGETS:
-                rows += measured(export(model, target, options.precision, root))
+                rows += measured(*export(model, target, options.precision, root))
     show(rows, options.json)
 
 
