@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import statistics
 import sys
@@ -12,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from litapp.bundle import write_manifest
-from litapp.concepts import CONCEPTS
 from litapp.errors import LitappError
 from litapp.export.child import DRAWING, GRAPH
+from litapp.export.companions import link_or_copy, write_companions, write_json
 from litapp.export.gate import SUGGESTIONS, below
 from litapp.export.graphs import OPSET
 from litapp.export.parity import PROMPTS
 from litapp.export.report import Report
 from litapp.export.source import ABOUT, Source, load_source
-from litapp.export.staging import Staging
+from litapp.export.staging import COMPANIONS, Staging
 from litapp.folders import replace_folder
-from litapp.manifest import SCHEDULER, TOKENIZER
 
 __all__ = ["build"]
 
@@ -39,9 +36,8 @@ def build(model: Path, precision: str, output: Path, allow_below_gate: bool) -> 
     try:
         with staging.working() as folder:
             job = {"model": str(model.absolute()), "precision": precision, "fields": fields}
-            _write_json(folder / "job.json", job)
-            if not (folder / "companions").exists():
-                _write_companions(source, folder)
+            write_json(folder / "job.json", job)
+            write_companions(source, folder, ("diffusers", "OnnxRuntimeModel"))
             _run(source, staging, report)
             found = below(precision, report.errors(), report.pictures)
             report.show()
@@ -101,42 +97,7 @@ def _describe(fields: dict[str, Any], report: Report, below_gate: list[str]) -> 
 
 
 def _assemble(staging: Path, bundle: Path, report: Report) -> None:
-    shutil.copytree(staging / "companions", bundle, dirs_exist_ok=True)
+    shutil.copytree(staging / COMPANIONS, bundle, dirs_exist_ok=True)
     for row in report.kept():
-        folder = bundle / row.component
         for path in (staging / row.component / row.precision).glob(f"{GRAPH}*"):
-            try:
-                os.link(path, folder / path.name)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, folder / path.name)
-
-
-def _write_companions(source: Source, staging: Path) -> None:
-    """All files but the networks and the manifest."""
-    folder = staging / "companions.partial"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    index: dict[str, Any] = {"_class_name": "TextToImage" if source.whole else "Parts"}
-    if source.scheduler:
-        _write_json(folder / SCHEDULER, source.scheduler)
-        index["scheduler"] = ["diffusers", source.scheduler.get("_class_name", "DDPMScheduler")]
-    if source.tokenizer is not None:
-        (folder / TOKENIZER).parent.mkdir()
-        source.tokenizer.save(str(folder / TOKENIZER))
-        index["tokenizer"] = ["tokenizers", "Tokenizer"]
-    for name, checkpoint in source.folders.items():
-        # Optimum takes shapes and classes from here.
-        (folder / name).mkdir()
-        shutil.copyfile(checkpoint / "config.json", folder / name / "config.json")
-    index |= {name: ["diffusers", "OnnxRuntimeModel"] for name in source.components}
-    _write_json(folder / "model_index.json", index)
-    if source.readme:
-        shutil.copyfile(source.readme, folder / "README.md")
-    if source.concepts:
-        shutil.copyfile(source.concepts, folder / CONCEPTS)
-    folder.rename(staging / "companions")
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            link_or_copy(path, bundle / row.component / path.name)

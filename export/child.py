@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from litapp.bench import peak_memory
 from litapp.bundle import Bundle
-from litapp.errors import Cancelled, LitappError
+from litapp.errors import LitappError
+from litapp.export.staging import COMPANIONS
 from litapp.manifest import COMPONENTS, SCHEMA_VERSION, parse_manifest, read_json
 
 __all__ = ["Job", "run_step"]
@@ -66,7 +68,7 @@ class Job:
     def bundle(self) -> Bundle:
         """The bundle to be, whose companions are there and whose networks are not."""
         files = [entry["path"] for entry in self.fields["components"].values()]
-        companions = self.staging / "companions"
+        companions = self.staging / COMPANIONS
         files += [p.relative_to(companions).as_posix() for p in companions.rglob("*.json")]
         listed = {file: {"sha256": "", "size": 0} for file in files}
         raw = {"schema_version": SCHEMA_VERSION, **self.fields, "files": listed}
@@ -79,11 +81,19 @@ def run_step(step: str, staging: Path, component: str) -> dict[str, Any]:
     Raises:
         LitappError: it cannot be done.
     """
-    job = Job.read(staging)
     start = time.perf_counter()
+    if step in _STEPS:
+        job = Job.read(staging)
+        run = partial(_STEPS[step], job)
+    else:
+        # Those of ONNX need no coremltools.
+        from litapp.export.coreml_parity import STEPS
+        from litapp.export.coreml_parity import Job as CoreMLJob
+
+        run = partial(STEPS[step], CoreMLJob.read(staging))
     folder = staging / component
     folder.mkdir(exist_ok=True)
-    result = _STEPS[step](job, component)
+    result = run(component)
     result |= {"seconds": time.perf_counter() - start, "peak_mb": peak_memory()}
     draft = folder / f".{step}.part"
     draft.write_text(json.dumps(result), encoding="utf-8")
@@ -206,8 +216,6 @@ def main() -> int:
     step, staging, component = sys.argv[1:]
     try:
         run_step(step, Path(staging), component)
-    except (Cancelled, KeyboardInterrupt):
-        return 130
     except LitappError as error:
         message = str(error)
     except OSError as error:

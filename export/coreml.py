@@ -6,10 +6,12 @@ several that are named beforehand.
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import json
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -106,6 +108,7 @@ def convert(network: Network, package: Path, precision: str = FP16) -> None:
 
     Raises:
         LitappError: coremltools has no operation for something in the network.
+        OSError: it cannot be written.
     """
     ct = require_coremltools()
     _register_movedim()
@@ -118,26 +121,20 @@ def convert(network: Network, package: Path, precision: str = FP16) -> None:
         for name, value in network.inputs.items()
     ]
     half = ct.transform.FP16ComputePrecision(op_selector=lambda op: not _leads_to_angles(op))
-    reason = ""
-    with _silent(), torch.no_grad():
+
+    def make() -> Any:
         traced = torch.jit.trace(network.module, tuple(network.inputs.values()), check_trace=False)
-        try:
-            model = ct.convert(
-                traced,
-                convert_to="mlprogram",
-                inputs=inputs,
-                outputs=[ct.TensorType(name=name, dtype=np.float32) for name in network.outputs],
-                minimum_deployment_target=ct.target.iOS17,
-                compute_precision=half if precision == FP16 else ct.precision.FLOAT32,
-                skip_model_load=True,
-            )
-        except (NotImplementedError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if reason:
-            gc.collect()  # the failure's frames hold a temporary folder
-    if reason:
-        raise LitappError(f"coremltools cannot convert this network: {reason}")
-    _save(model, package)
+        return ct.convert(
+            traced,
+            convert_to="mlprogram",
+            inputs=inputs,
+            outputs=[ct.TensorType(name=name, dtype=np.float32) for name in network.outputs],
+            minimum_deployment_target=ct.target.iOS17,
+            compute_precision=half if precision == FP16 else ct.precision.FLOAT32,
+            skip_model_load=True,
+        )
+
+    _write(make, package)
 
 
 def compress(source: Path, target: Path, scheme: str) -> None:
@@ -145,13 +142,40 @@ def compress(source: Path, target: Path, scheme: str) -> None:
 
     Args:
         scheme: a key of :data:`COMPRESSIONS`.
+
+    Raises:
+        LitappError: coremltools cannot do it.
+        OSError: it cannot be written.
     """
     ct = require_coremltools()
-    with _silent():
+
+    def make() -> Any:
         import coremltools.optimize.coreml as optimize
 
         model = ct.models.MLModel(str(source), skip_model_load=True)
-        _save(COMPRESSIONS[scheme](optimize, model), target)
+        return COMPRESSIONS[scheme](optimize, model)
+
+    _write(make, target)
+
+
+def _write(make: Callable[[], Any], package: Path) -> None:
+    """Save the model that ``make`` returns; what fails leaves no package."""
+    failure: Exception | None = None
+    with _silent(), _scratch_beside(package), torch.no_grad():
+        try:
+            _save(make(), package)
+        except OSError as error:
+            failure = OSError(error.errno, error.strerror)
+        except (ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            failure = LitappError(f"coremltools cannot convert this network: {reason}")
+            if "FileWriter" in reason:  # which keeps the system's reason for itself
+                failure = OSError(errno.EIO, "coremltools cannot write weights; is the disk full?")
+        if failure is not None:
+            gc.collect()  # the failure's frames hold temporary folders
+            shutil.rmtree(package, ignore_errors=True)
+    if failure is not None:
+        raise failure
 
 
 @contextmanager
@@ -159,6 +183,19 @@ def _silent() -> Iterator[None]:
     """As :func:`quiet`, and without coremltools' progress bars."""
     with quiet(), redirect_stderr(io.StringIO()):
         yield
+
+
+@contextmanager
+def _scratch_beside(package: Path) -> Iterator[None]:
+    """Temporary files go where the package does: they are as large, and must not outlive it."""
+    package.parent.mkdir(parents=True, exist_ok=True)
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(dir=package.parent, ignore_cleanup_errors=True) as scratch:
+        tempfile.tempdir = scratch
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def _linear(optimize: Any, model: Any) -> Any:
@@ -207,9 +244,7 @@ def _leads_to_angles(op: Any) -> bool:
 def _save(model: Any, package: Path) -> None:
     """Write a package whose manifest does not differ from one run to the next."""
     shutil.rmtree(package, ignore_errors=True)
-    package.parent.mkdir(parents=True, exist_ok=True)
-    with _silent():
-        model.save(str(package))
+    model.save(str(package))
     for part in package.rglob("*"):  # coremltools' are for their owner alone
         part.chmod(0o755 if part.is_dir() else 0o644)
     path = package / "Manifest.json"

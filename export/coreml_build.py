@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from litapp.bundle import write_manifest
-from litapp.concepts import CONCEPTS
 from litapp.errors import EXIT_USAGE, LitappError
+from litapp.export.child import DRAWING
+from litapp.export.companions import link_or_copy, write_companions, write_json
 from litapp.export.coreml import FP16, FP32, require_coremltools
 from litapp.export.coreml_networks import named_sizes
-from litapp.export.coreml_parity import (
-    COMPRESSED_ENOUGH,
-    FP16_ENOUGH,
-    PROMPTS,
-    Job,
-    compare_pictures,
-    make_component,
-    record,
-)
-from litapp.export.source import Source, load_source
+from litapp.export.coreml_parity import COMPRESSED_ENOUGH, FP16_ENOUGH, PACKAGE
+from litapp.export.parity import PROMPTS
+from litapp.export.source import T5_LENGTH, Source, load_source
+from litapp.export.staging import COMPANIONS, Staging
 from litapp.folders import replace_folder
-from litapp.manifest import SCHEDULER, TOKENIZER
 
 __all__ = ["GATE", "INT8", "build"]
 
@@ -53,7 +42,6 @@ def build(
     *,
     static: bool = False,
     allow_below_gate: bool = False,
-    apart: bool = True,
 ) -> None:
     """Export a model to Core ML packages and print the folder of the bundle.
 
@@ -64,7 +52,6 @@ def build(
         output: the bundle's folder, which appears whole or not at all.
         static: only the model's own size, with every shape fixed.
         allow_below_gate: keep what :data:`GATE` refuses; the manifest then says so.
-        apart: give each network a process of its own, whose memory goes when it is done.
 
     Raises:
         LitappError: coremltools is missing, the precision is unknown, the model cannot be exported,
@@ -76,18 +63,27 @@ def build(
     source = load_source(model)
     fields = source.manifest() | {"versions": _versions()}
     job = _job(source, fields, model, precision, static)
-    run = _apart if apart else _here
+    staging = Staging(output.absolute(), [source.digest(), "coreml", job])
     try:
-        with replace_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
-            _write_companions(source, fields, folder)
-            del source  # each network is read again where it is converted
-            rows, pictures = _run(job, fields, folder, Path(scratch), run)
-            if found := _below(precision, rows, pictures):
-                advice = f"{SUGGESTIONS[precision]}, or --allow-below-gate"
-                if not allow_below_gate:
-                    raise LitappError(f"below the parity gate: {'; '.join(found)}. {advice}")
-            _describe(fields, job, rows, pictures, found)
-            write_manifest(folder, fields)
+        with staging.working() as folder:
+            write_json(folder / "job.json", job)
+            write_companions(source, folder, ("coremltools", "MLModel"))
+            steps, pictures = _run(source, staging)
+            rows = [row for step in steps.values() for row in step["rows"]]
+            _show(rows, pictures)
+            found = _below(precision, rows, pictures)
+            if found and not allow_below_gate:
+                raise LitappError(
+                    f"below the parity gate: {'; '.join(found)}. {SUGGESTIONS[precision]}, or"
+                    f" --allow-below-gate; what is done is kept in {folder}"
+                )
+            _describe(fields, job["sizes"], steps, pictures, found)
+            with replace_folder(output) as bundle:
+                shutil.copytree(folder / COMPANIONS, bundle, dirs_exist_ok=True)
+                for name in steps:
+                    package = bundle / name / PACKAGE
+                    shutil.copytree(folder / name / PACKAGE, package, copy_function=link_or_copy)
+                write_manifest(bundle, fields)
     except OSError as error:
         raise LitappError(f"cannot write {output}: {error.strerror or error}") from error
     sys.stdout.write(f"{output}\n")
@@ -100,21 +96,22 @@ def _versions() -> dict[str, str]:
 
 def _job(
     source: Source, fields: Mapping[str, Any], model: Path, precision: str, static: bool
-) -> Job:
-    if fields.get("partial"):
-        native, reduction, multiple = _guess(source, fields)
-    else:
+) -> dict[str, Any]:
+    """What the steps read, see :class:`litapp.export.coreml_parity.Job`."""
+    if source.whole:
         native = fields["canvas"]["native"]
         reduction, multiple = fields["latent"]["reduction"], fields["latent"]["multiple"]
+    else:
+        native, reduction, multiple = _guess(source, fields)
     sizes = named_sizes(native, multiple)
-    return Job(
-        model=model.absolute(),
-        precision=precision,
-        sizes=tuple(sizes[:1] if static else sizes),
-        reduction=reduction,
-        length=fields.get("text", {}).get("max_length", 300),
-        fields=dict(fields),
-    )
+    return {
+        "model": str(model.absolute()),
+        "precision": precision,
+        "sizes": sizes[:1] if static else sizes,
+        "reduction": reduction,
+        "length": fields.get("text", {}).get("max_length", T5_LENGTH),
+        "fields": dict(fields),
+    }
 
 
 def _guess(source: Source, fields: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -127,26 +124,24 @@ def _guess(source: Source, fields: Mapping[str, Any]) -> tuple[int, int, int]:
     return config["sample_size"] * reduction, reduction, config["patch_size"] * reduction
 
 
-def _run(
-    job: Job, fields: Mapping[str, Any], folder: Path, scratch: Path, run: Callable[..., Any]
-) -> tuple[list[dict[str, Any]], list[float]]:
-    """Every step; returns the rows of the report and the PSNR of pictures by prompt."""
+def _run(source: Source, staging: Staging) -> tuple[dict[str, dict[str, Any]], list[float]]:
+    """Every step that is not done yet.
+
+    Returns:
+        What the conversion of each component told, and the PSNR of pictures by prompt.
+    """
     note = Console(stderr=True).print
-    whole = not fields.get("partial")
-    if whole:
+    if source.whole:
         note(f"drawing {len(PROMPTS)} pictures with torch", highlight=False)
-        run(record, job, folder, scratch)
-    rows: list[dict[str, Any]] = []
-    names = list(fields["components"])
-    for number, name in enumerate(names, 1):
-        note(f"[{number}/{len(names)}] {name}", highlight=False, markup=False)
-        rows += run(make_component, job, name, folder, scratch)
-    pictures: list[float] = []
-    if whole:
-        note(f"drawing {len(PROMPTS)} pictures with the programs", highlight=False)
-        pictures = run(compare_pictures, job, folder, scratch)
-    _show(rows, pictures)
-    return rows, pictures
+        staging.run("record", DRAWING)
+    steps = {}
+    for number, name in enumerate(source.components, 1):
+        note(f"[{number}/{len(source.components)}] {name}", highlight=False, markup=False)
+        steps[name] = staging.run("convert", name)
+    if not source.whole:
+        return steps, []
+    note(f"drawing {len(PROMPTS)} pictures with the programs", highlight=False)
+    return steps, staging.run("compare", DRAWING)["psnr"]
 
 
 def _below(precision: str, rows: Sequence[dict[str, Any]], pictures: Sequence[float]) -> list[str]:
@@ -163,21 +158,30 @@ def _below(precision: str, rows: Sequence[dict[str, Any]], pictures: Sequence[fl
 
 def _describe(
     fields: dict[str, Any],
-    job: Job,
-    rows: Sequence[dict[str, Any]],
+    sizes: Sequence[tuple[int, int]],
+    steps: Mapping[str, dict[str, Any]],
     pictures: Sequence[float],
     below_gate: list[str],
 ) -> None:
     """Put what is in the bundle, and what was measured, into the manifest."""
-    for row in (row for row in rows if row["kept"]):
-        fields["components"][row["component"]] |= {
-            "path": f"{row['component']}/model.mlpackage",
-            "precision": row["precision"],
-            "parity": {"psnr": round(row["psnr"], 2)},
+    for name, step in steps.items():
+        (kept,) = (row for row in step["rows"] if row["kept"])
+        fields["components"][name] |= {
+            "path": f"{name}/{PACKAGE}",
+            "precision": kept["precision"],
+            "parity": {
+                "psnr": round(kept["psnr"], 2),
+                "relative_error": float(f"{kept['relative_error']:.4g}"),
+            },
+            "export": {
+                "seconds": round(step["seconds"], 1),
+                "peak_mb": round(step["peak_mb"] or 0),
+                "fp32_bytes": step["fp32_bytes"],
+            },
         }
     fields["parity"] = {"against": "torch in fp32", "below_gate": below_gate}
     if pictures:
-        fields["canvas"] = {**fields["canvas"], "sizes": [list(size) for size in job.sizes]}
+        fields["canvas"] = {**fields["canvas"], "sizes": [list(size) for size in sizes]}
         images = [
             {"prompt": prompt, "seed": seed, "psnr": round(value, 2)}
             for seed, (prompt, value) in enumerate(zip(PROMPTS, pictures))
@@ -207,45 +211,3 @@ def _show(rows: Sequence[dict[str, Any]], pictures: Sequence[float]) -> None:
         for prompt, decibels in zip(PROMPTS, pictures):
             table.add_row(prompt, f"{decibels:.1f}")
         console.print(table)
-
-
-def _write_companions(source: Source, fields: Mapping[str, Any], folder: Path) -> None:
-    """All files but the packages and the manifest."""
-    index: dict[str, Any] = {"_class_name": "TextToImage"}
-    if source.scheduler:
-        _write_json(folder / SCHEDULER, source.scheduler)
-        index["scheduler"] = ["diffusers", source.scheduler.get("_class_name", "DDPMScheduler")]
-    if source.tokenizer is not None:
-        (folder / TOKENIZER).parent.mkdir()
-        source.tokenizer.save(str(folder / TOKENIZER))
-        index["tokenizer"] = ["tokenizers", "Tokenizer"]
-    index |= {name: ["coremltools", "MLModel"] for name in fields["components"]}
-    _write_json(folder / "model_index.json", index)
-    if source.readme:
-        shutil.copyfile(source.readme, folder / "README.md")
-    if source.concepts:
-        shutil.copyfile(source.concepts, folder / CONCEPTS)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _here(step: Callable[..., Any], *arguments: Any) -> Any:
-    return step(*arguments)
-
-
-def _apart(step: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a step in a new process.
-
-    Raises:
-        LitappError: it raised one, or was killed.
-    """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(step, *arguments).result()
-        except BrokenProcessPool as error:
-            raise LitappError(
-                f"the process for {step.__name__} was killed, most likely for want of memory"
-            ) from error

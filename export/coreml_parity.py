@@ -5,6 +5,7 @@ Without a Mac the packages run in :mod:`litapp.export.mil`.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections import defaultdict
@@ -36,10 +37,13 @@ from litapp.export.graphs import graph as graph_of
 from litapp.export.mil import MilProgram
 from litapp.export.parity import PROMPTS
 from litapp.export.source import open_source
-from litapp.manifest import COMPONENTS, ENCODER, SCHEMA_VERSION, parse_manifest
+from litapp.export.staging import COMPANIONS
+from litapp.manifest import COMPONENTS, ENCODER, SCHEMA_VERSION, parse_manifest, read_json
 from litapp.pipeline import TextToImage
 
-__all__ = ["PROMPTS", "Job", "compare_pictures", "make_component", "psnr", "record"]
+__all__ = ["PACKAGE", "STEPS", "Job", "psnr"]
+
+PACKAGE = "model.mlpackage"
 
 # In dB against torch. Below the first, fp16 is too small or too coarse for a network's activations,
 # which stays in fp32; below the second its weights stay whole; weights of 6 bits need the third.
@@ -57,6 +61,7 @@ class Job:
     """What is exported and how.
 
     Attributes:
+        staging: the folder for everything that is made.
         model: the folder of the trained model.
         sizes: (width, height) in pixels of the canvases, the model's own first.
         reduction: pixels per latent along one side.
@@ -64,6 +69,7 @@ class Job:
         fields: the manifest to be.
     """
 
+    staging: Path
     model: Path
     precision: str
     sizes: tuple[tuple[int, int], ...]
@@ -71,17 +77,39 @@ class Job:
     length: int
     fields: dict[str, Any]
 
+    @classmethod
+    def read(cls, staging: Path) -> Job:
+        raw = read_json(staging / "job.json")
+        sizes = tuple((width, height) for width, height in raw.pop("sizes"))
+        return cls(staging, Path(raw.pop("model")), sizes=sizes, **raw)
+
+    @property
+    def calls(self) -> Path:
+        return self.staging / "calls"
+
+    @property
+    def pictures(self) -> Path:
+        """Torch's."""
+        return self.calls / "pictures.npz"
+
+    def package(self, component: str) -> Path:
+        """The one that is kept."""
+        return self.staging / component / PACKAGE
+
 
 class _Recorder(TextToImage):
     """The app's own pipeline on networks that are given, every call noted."""
 
-    def __init__(self, job: Job, folder: Path, networks: Mapping[str, Runner]) -> None:
-        files = {entry["path"]: {"sha256": "", "size": 0} for entry in _entries(job)}
-        files |= {
-            p.relative_to(folder).as_posix(): {"sha256": "", "size": 0} for p in _json(folder)
+    def __init__(self, job: Job, networks: Mapping[str, Runner]) -> None:
+        folder = job.staging / COMPANIONS
+        files = [entry["path"] for entry in job.fields["components"].values()]
+        files += [path.relative_to(folder).as_posix() for path in folder.rglob("*.json")]
+        raw = {
+            **job.fields,
+            "schema_version": SCHEMA_VERSION,
+            "files": {file: {"sha256": "", "size": 0} for file in files},
+            "canvas": {**job.fields["canvas"], "sizes": job.sizes},
         }
-        canvas = {**job.fields["canvas"], "sizes": job.sizes}
-        raw = {**job.fields, "schema_version": SCHEMA_VERSION, "files": files, "canvas": canvas}
         super().__init__(Bundle(folder, parse_manifest(raw, folder), ""), "cpu")
         self.calls: dict[str, list[tuple[Arrays, Answers]]] = defaultdict(list)
         self._given = networks
@@ -102,41 +130,38 @@ class _Recorder(TextToImage):
         return [answers[0][0].clip(0, 1) for _, answers in self.calls["vae_decoder"]]
 
 
-def _entries(job: Job) -> list[dict[str, Any]]:
-    return list(job.fields["components"].values())
-
-
-def _json(folder: Path) -> list[Path]:
-    return list(folder.rglob("*.json"))
-
-
-def record(job: Job, folder: Path, scratch: Path) -> None:
-    """Draw with torch in fp32; some calls of each component and the pictures go to ``scratch``."""
+def _record(job: Job, _: str) -> dict[str, Any]:
+    """Draw with torch in fp32; some calls of each component and the pictures are kept."""
+    shutil.rmtree(job.calls, ignore_errors=True)
+    job.calls.mkdir()
     all_graphs = graphs(open_source(job.model))
-    recorder = _Recorder(job, folder, {name: _torch(graph) for name, graph in all_graphs.items()})
+    recorder = _Recorder(job, {name: _torch(graph) for name, graph in all_graphs.items()})
     pictures = recorder.draw()
     for name in COMPONENTS:
-        _save_calls(scratch, name, recorder.calls[name])
+        _save_calls(job.calls, name, recorder.calls[name])
     if ENCODER in all_graphs:
         encode = _torch(all_graphs[ENCODER])
         inputs = [{"sample": picture[None]} for picture in pictures[: MEASURED[ENCODER]]]
-        _save_calls(scratch, ENCODER, [(x, encode(**x)) for x in inputs])
-    np.savez(scratch / "pictures.npz", *pictures)
+        _save_calls(job.calls, ENCODER, [(x, encode(**x)) for x in inputs])
+    np.savez(job.pictures, *pictures)
+    return {}
 
 
-def make_component(job: Job, name: str, folder: Path, scratch: Path) -> list[dict[str, Any]]:
-    """Convert one network, compress it if asked for, and put the package that is kept in place.
+def _convert(job: Job, name: str) -> dict[str, Any]:
+    """Convert one network, compress it if asked for, and keep the package that is to be kept.
 
     Returns:
-        A row per package that was measured.
+        A row per package that was measured, and the bytes of the weights in fp32.
 
     Raises:
         LitappError: it cannot be converted.
     """
     graph = graph_of(open_source(job.model), name)
     network = coreml_network(graph, name, job.sizes, job.reduction, job.length)
-    calls = _load_calls(scratch, name, graph) or _random_calls(graph, network)
-    work = scratch / name
+    calls = _load_calls(job.calls, name, graph) or _random_calls(graph, network)
+    work = job.staging / name
+    shutil.rmtree(work)  # of a run that was interrupted here
+    work.mkdir()
     precision = FP32 if job.precision == FP32 else FP16
     rows = [
         _measured(
@@ -151,11 +176,11 @@ def make_component(job: Job, name: str, folder: Path, scratch: Path) -> list[dic
     if job.precision not in (FP16, FP32):
         kept = _compressed(name, kept, work, graph, calls, rows)
     kept["kept"] = True
-    target = folder / name / "model.mlpackage"
-    target.parent.mkdir()
-    shutil.move(work / f"{kept['precision']}.mlpackage", target)
-    shutil.rmtree(work)
-    return rows
+    (work / f"{kept['precision']}.mlpackage").rename(job.package(name))
+    for row in rows:
+        shutil.rmtree(work / f"{row['precision']}.mlpackage", ignore_errors=True)
+    weights = sum(4 * weight.numel() for weight in graph.network.parameters())
+    return {"rows": rows, "fp32_bytes": weights}
 
 
 def _compressed(
@@ -197,16 +222,24 @@ def _measured(
     seconds = time.perf_counter() - start
     run = CoreMLNetwork(package, "cpu", graph.outputs, program=MilProgram(package))
     answers = [(run(**inputs), wanted) for inputs, wanted in calls]
-    values = []
+    values, errors = [], []
     for i, output in enumerate(graph.outputs):
         pairs = [(found[i], wanted[i]) for found, wanted in answers]
         if output == "last_hidden_state":  # nothing reads those of padding
             masks = [inputs["attention_mask"] > 0 for inputs, _ in calls]
             pairs = [(x[mask], y[mask]) for (x, y), mask in zip(pairs, masks)]
-        values.append(psnr(*(np.concatenate([x.ravel() for x in part]) for part in zip(*pairs))))
-    size = sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
-    row = {"component": name, "precision": precision, "bytes": size, "psnr": min(values)}
-    return row | {"seconds": seconds, "kept": False}
+        found, wanted = (np.concatenate([x.ravel() for x in part]) for part in zip(*pairs))
+        values.append(psnr(found, wanted))
+        errors.append(float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-30)))
+    return {
+        "component": name,
+        "precision": precision,
+        "bytes": sum(file.stat().st_size for file in package.rglob("*") if file.is_file()),
+        "psnr": min(values),
+        "relative_error": max(errors),
+        "seconds": seconds,
+        "kept": False,
+    }
 
 
 def psnr(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
@@ -221,20 +254,26 @@ def psnr(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
     return -10 * float(np.log10(max(noise / peak**2, 1e-20)))
 
 
-def compare_pictures(job: Job, folder: Path, scratch: Path) -> list[float]:
+def _compare(job: Job, _: str) -> dict[str, Any]:
     """Draw with the packages that were kept; dB of each picture, of range 1, against torch's."""
     outputs = {"text_encoder": ["last_hidden_state", "pooled"]}
     networks = {}
     for name in COMPONENTS:
-        package = folder / name / "model.mlpackage"
-        program = MilProgram(package)
+        program = MilProgram(job.package(name))
         names = [name for name in outputs.get(name, ["sample"]) if name in program.outputs]
-        networks[name] = CoreMLNetwork(package, "cpu", names, program=program)
-    found = _Recorder(job, folder, networks).draw()
-    with np.load(scratch / "pictures.npz") as file:
+        networks[name] = CoreMLNetwork(job.package(name), "cpu", names, program=program)
+    found = _Recorder(job, networks).draw()
+    with np.load(job.pictures) as file:
         wanted = [file[f"arr_{i}"] for i in range(len(found))]
     noise = [float(np.square(x - y, dtype=np.float64).mean()) for x, y in zip(found, wanted)]
-    return [-10 * float(np.log10(max(value, 1e-10))) for value in noise]
+    return {"psnr": [-10 * float(np.log10(max(value, 1e-10))) for value in noise]}
+
+
+STEPS: dict[str, Callable[[Job, str], dict[str, Any]]] = {
+    "record": _record,
+    "convert": _convert,
+    "compare": _compare,
+}
 
 
 def _torch(graph: Graph) -> Runner:
@@ -247,33 +286,39 @@ def _torch(graph: Graph) -> Runner:
 
 
 def _random_calls(graph: Graph, network: Network) -> list[tuple[Arrays, Answers]]:
-    """One call of random numbers, for parts of a model that do not draw by themselves."""
+    """One call of random numbers, for parts of a model that do not draw by themselves.
+
+    It is of the smallest canvas, as the interpreter takes minutes for the large ones of some.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs: Arrays = {}
     for name, value in network.inputs.items():
+        shape = tuple(value.shape)
+        if name == network.flexible:
+            shape = min(network.shapes, key=math.prod)
         if name.endswith("mask"):
-            inputs[name] = np.ones(value.shape, dtype=np.int64)
+            inputs[name] = np.ones(shape, dtype=np.int64)
         elif value.dtype == torch.int32:
-            inputs[name] = torch.randint(0, 10, value.shape, generator=generator).numpy()
+            inputs[name] = torch.randint(0, 10, shape, generator=generator).numpy()
         elif name == "timestep":
-            inputs[name] = np.full(value.shape, 500, dtype=np.float32)
+            inputs[name] = np.full(shape, 500, dtype=np.float32)
         else:
-            inputs[name] = torch.randn(value.shape, generator=generator).numpy()
+            inputs[name] = torch.randn(shape, generator=generator).numpy()
     return [(inputs, _torch(graph)(**inputs))]
 
 
-def _save_calls(scratch: Path, name: str, calls: list[tuple[Arrays, Answers]]) -> None:
+def _save_calls(folder: Path, name: str, calls: list[tuple[Arrays, Answers]]) -> None:
     count = min(MEASURED[name], len(calls))
     chosen = [calls[i * (len(calls) - 1) // max(count - 1, 1)] for i in range(count)]
     arrays = {}
     for i, (inputs, answers) in enumerate(chosen):
         arrays |= {f"{i}/{key}": value for key, value in inputs.items()}
         arrays |= {f"{i}>{j}": value for j, value in enumerate(answers)}
-    np.savez(scratch / f"{name}.npz", **arrays)
+    np.savez(folder / f"{name}.npz", **arrays)
 
 
-def _load_calls(scratch: Path, name: str, graph: Graph) -> list[tuple[Arrays, Answers]]:
-    path = scratch / f"{name}.npz"
+def _load_calls(folder: Path, name: str, graph: Graph) -> list[tuple[Arrays, Answers]]:
+    path = folder / f"{name}.npz"
     if not path.is_file():
         return []
     with np.load(path) as file:

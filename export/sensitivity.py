@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import mode
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,16 @@ __all__ = ["TARGET", "kept_layers", "sensitivity"]
 TARGET = 0.01
 # A network that needs more of its weights in float gains little from int8: the gate will tell.
 MAXIMUM_SHARE = 0.1
-# Tokens along one side; a layer's error hardly depends on their number.
-SIDE = 8
+# Entries of a layer's input that its error is measured on: 8x8 tokens of a width of 256. It hardly
+# depends on their number, and every layer takes a run of the network.
+ENTRIES, SMALLEST_SIDE = 16_384, 4
 
 
 def sensitivity(graph: Graph, calls: list[dict[str, np.ndarray]]) -> dict[str, float]:
     """The relative error of the network's output with one layer in int8, for every layer.
 
     Args:
-        calls: some inputs of the network. Latents are cut to 8x8 tokens.
+        calls: some inputs of the network. Latents are cut to few tokens, in wide networks to 4x4.
 
     Returns:
         By module name, as in the names of the graph's nodes.
@@ -38,13 +40,16 @@ def sensitivity(graph: Graph, calls: list[dict[str, np.ndarray]]) -> dict[str, f
         if isinstance(module, nn.Linear) and module.weight.numel() >= 4096
     }
     squares = dict.fromkeys(layers, 0.0)
+    width = mode(layer.in_features for layer in layers.values()) if layers else 1
+    side = max(SMALLEST_SIDE, round((ENTRIES / width) ** 0.5))
     with torch.inference_mode():
         for inputs in calls:
-            arguments = [_cut(torch.from_numpy(inputs[name])) for name in graph.inputs]
-            # A layer of few rows stays in float whatever its error.
-            products, exact = _products(graph.network, layers, arguments)
-            for name in products:
-                with _int8(layers[name]):
+            arguments = [_cut(torch.from_numpy(inputs[name]), side) for name in graph.inputs]
+            answers, exact = _products(graph.network, layers, arguments)
+            for i, name in enumerate(answers):
+                # What runs before it answers as it did: on average half of the network is left.
+                earlier = {layers[n]: answers[n] for n in list(answers)[:i]}
+                with _int8(layers[name]), _answering(earlier):
                     difference = graph.network(*arguments) - exact
                 squares[name] += float(difference.square().sum() / exact.square().sum())
     return {name: (value / len(calls)) ** 0.5 for name, value in squares.items() if value}
@@ -72,19 +77,38 @@ def kept_layers(errors: dict[str, float], sizes: dict[str, int], total: int) -> 
     return kept
 
 
-def _cut(value: Tensor) -> Tensor:
-    return value[..., : 2 * SIDE, : 2 * SIDE] if value.ndim == 4 else value
+def _cut(value: Tensor, side: int) -> Tensor:
+    return value[..., : 2 * side, : 2 * side] if value.ndim == 4 else value
+
+
+@contextmanager
+def _answering(answers: dict[nn.Linear, Tensor]) -> Iterator[None]:
+    """Have layers give these answers instead of computing them."""
+    for layer, answer in answers.items():
+        layer.forward = lambda _, answer=answer: answer
+    try:
+        yield
+    finally:
+        for layer in answers:
+            del layer.forward
 
 
 def _products(
     network: nn.Module, layers: dict[str, nn.Linear], arguments: list[Tensor]
-) -> tuple[list[str], Tensor]:
-    """The layers that are called with tokens, and the output of the network."""
-    found: list[str] = []
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What the layers that are called with tokens answer, and the output of the network.
+
+    Layers are in the order of their calls, of which each has one. Those of few rows are left out:
+    they stay in float whatever their error.
+    """
+    answers: dict[str, Tensor] = {}
+
+    def note(name: str, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
+        if inputs[0].ndim > 2:
+            answers[name] = answer
+
     hooks = [
-        layer.register_forward_hook(
-            lambda _, inputs, __, name=name: found.append(name) if inputs[0].ndim > 2 else None
-        )
+        layer.register_forward_hook(lambda _, x, y, name=name: note(name, x, y))
         for name, layer in layers.items()
     ]
     try:
@@ -92,7 +116,7 @@ def _products(
     finally:
         for hook in hooks:
             hook.remove()
-    return list(dict.fromkeys(found)), exact
+    return answers, exact
 
 
 @contextmanager

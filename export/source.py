@@ -34,7 +34,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["ABOUT", "Source", "load_source", "open_source"]
+__all__ = ["ABOUT", "T5_LENGTH", "Source", "load_source", "open_source"]
 
 ABOUT = "model.toml"
 README = "README.md"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 if not (sys.platform == "darwin" or (sys.platform, platform.machine()) == ("linux", "x86_64")):
@@ -23,10 +23,11 @@ from litapp import TextToImage, bundle
 from litapp.canvas import plan_canvas
 from litapp.engines import CoreMLNetwork, Network, open_network
 from litapp.engines import coreml as engine
-from litapp.errors import EXIT_USAGE, LitappError
-from litapp.export import coreml_build, coreml_parity, main
+from litapp.errors import EXIT_CANCELLED, EXIT_USAGE, LitappError
+from litapp.export import child, coreml_parity, main, staging
 from litapp.export.coreml import COMPRESSIONS, FP32, convert
 from litapp.export.coreml import Network as Traced
+from litapp.export.coreml_parity import PACKAGE
 from litapp.export.mil import MilProgram
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.dit import LiTDiTTransformer2DModel
@@ -140,6 +141,15 @@ def tiny_text() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def in_process() -> Iterator[None]:
+    """Every process would import torch again; and fewer pictures show as much."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "run_process", child.run_step)
+        patch.setattr(coreml_parity, "PROMPTS", coreml_parity.PROMPTS[:3])
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "tiny")
@@ -149,7 +159,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(model: Path) -> Path:
     """A bundle in fp16 with one size."""
     output = model.parent / "coreml"
-    coreml_build.build(model, "fp16", output, static=True, apart=False)
+    main("coreml", model, "fp16", output, static=True)
     return output
 
 
@@ -175,7 +185,7 @@ def test_parts_of_a_model_are_exported_as_parts(tmp_path: Path) -> None:
     network = LiTDiTTransformer2DModel(**{**dit_config("S", classes=10), **size})
     randomise(network)
     network.save_pretrained(tmp_path / "parts/transformer")
-    coreml_build.build(tmp_path / "parts", "fp16", tmp_path / "out", static=True, apart=False)
+    main("coreml", tmp_path / "parts", "fp16", tmp_path / "out", static=True)
     manifest = bundle.load(tmp_path / "out").manifest
     assert manifest.partial and list(manifest.components) == ["transformer"]
     program = MilProgram(tmp_path / "out/transformer/model.mlpackage")
@@ -219,48 +229,128 @@ def test_a_package_that_is_no_protobuf_is_refused(built: Path, tmp_path: Path) -
         bundle.load(copy)
 
 
+Steps = list[tuple[str, str]]
+
+
+@pytest.fixture
+def steps(built: Path, monkeypatch: pytest.MonkeyPatch) -> Steps:
+    """The steps that are run, which take the packages of the built bundle instead of making some.
+
+    They tell of packages that are below the gate of int8.
+    """
+    done: Steps = []
+
+    def run(step: str, folder: Path, component: str) -> None:
+        result: dict[str, Any] = {"seconds": 1.0, "peak_mb": 1.0, "psnr": [34.0, 33.0, 36.0]}
+        (folder / component).mkdir(exist_ok=True)
+        if step == "convert":
+            shutil.copytree(built / component / PACKAGE, folder / component / PACKAGE)
+            row = {"component": component, "precision": "int8-weights", "bytes": 1, "psnr": 20.0}
+            row |= {"relative_error": 0.1, "seconds": 1.0, "kept": True}
+            result |= {"rows": [row], "fp32_bytes": 2}
+        (folder / component / f"{step}.done").write_text(json.dumps(result))
+        done.append((step, component))
+
+    monkeypatch.setattr(staging, "run_process", run)
+    return done
+
+
 def test_below_the_gate_there_is_no_bundle_unless_allowed(
-    built: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    steps: Steps, model: Path, tmp_path: Path
 ) -> None:
-    names = list(bundle.load(built).manifest.components)
-
-    def poor(job: Any, fields: Any, folder: Path, scratch: Path, run: Any) -> Any:
-        for name in names:
-            shutil.copytree(built / name, folder / name)
-        row = {"precision": "int8-weights", "psnr": 20.0, "kept": True}
-        return [{"component": name, **row} for name in names], [34.0, 33.0, 36.0]
-
-    monkeypatch.setattr(coreml_build, "_run", poor)
     with pytest.raises(LitappError, match=r"transformer is at 20.0 dB .*median picture is at 34.0"):
-        coreml_build.build(model, "int8", tmp_path / "out")
-    assert list(tmp_path.glob("out*")) == []
-    coreml_build.build(model, "int8", tmp_path / "out", allow_below_gate=True)
+        main("coreml", model, "int8", tmp_path / "out")
+    assert list(tmp_path.glob("out*")) == [] and len(steps) == 6
+    main("coreml", model, "int8", tmp_path / "out", allow_below_gate=True)
+    assert len(steps) == 6  # every one was done before
     parity = json.loads((tmp_path / "out/litapp.json").read_text())["parity"]
-    assert len(parity["below_gate"]) == len(names) + 1
+    assert len(parity["below_gate"]) == 4 + 1
+
+
+def test_an_interrupted_export_goes_on_where_it_was(
+    steps: Steps, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = staging.run_process
+
+    def interrupted(step: str, folder: Path, component: str) -> None:
+        if component == "vae_decoder":
+            raise KeyboardInterrupt
+        run(step, folder, component)
+
+    monkeypatch.setattr(staging, "run_process", interrupted)
+    output = tmp_path / "bundles/out"
+    with pytest.raises(LitappError, match=r"^interrupted; the same command goes on") as caught:
+        main("coreml", model, "int8", output, allow_below_gate=True)
+    assert caught.value.exit_code == EXIT_CANCELLED and not output.exists()
+    assert steps == [("record", "drawing"), ("convert", "text_encoder"), ("convert", "transformer")]
+    monkeypatch.setattr(staging, "run_process", run)
+    main("coreml", model, "int8", output, allow_below_gate=True)
+    assert [component for _, component in steps[3:]] == ["vae_decoder", "vae_encoder", "drawing"]
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+    assert bundle.verify(bundle.load(output)) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_bundle(model: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    parts = transformer_of(model, tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # To a file that may not grow the system answers like a disk that is full.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(LitappError, match=r"^cannot write .*out.*disk full") as caught:
+            main("coreml", parts, "fp16", tmp_path / "bundles/out", static=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "bundles").iterdir()) == []
+
+
+def poison(parts: Path) -> None:
+    (path,) = (parts / "transformer").glob("*.safetensors")
+    weights = load_file(path)
+    weights["proj_out.weight"][0, 0] = float("inf")
+    save_file(weights, path, {"format": "pt"})
+
+
+def take_gelu(parts: Path) -> None:
+    path = parts / "transformer/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention": "gelu"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (poison, "NaN or infinite values, first in proj_out.weight"),
+        (take_gelu, "cannot be exported for Core ML: .*only those with ReLU"),
+    ],
+)
+def test_a_model_that_cannot_be_exported_is_refused_in_one_line(
+    model: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    parts = transformer_of(model, tmp_path)
+    damage(parts)
+    with pytest.raises(LitappError, match=message) as caught:
+        main("coreml", parts, "fp16", tmp_path / "bundles/out")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.glob("bundles/*")) == []
 
 
 def test_int8_keeps_what_measures_best(model: Path, tmp_path: Path) -> None:
-    source = coreml_build.load_source(model)
-    job = coreml_build._job(source, source.manifest(), model, "int8", static=True)
-    (tmp_path / "scratch").mkdir()
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    rows = coreml_parity.make_component(job, "transformer", folder, tmp_path / "scratch")
-    tried = {row["precision"]: row for row in rows}
-    (kept,) = (row for row in rows if row["kept"])
-    if tried["palette6"]["psnr"] >= coreml_parity.SMALLEST_PSNR:
-        assert kept["precision"] == "palette6"
-    else:
-        assert set(tried) == {"fp16", *COMPRESSIONS}
-        assert kept["psnr"] == max(tried[scheme]["psnr"] for scheme in COMPRESSIONS)
-    assert kept["bytes"] < 0.75 * tried["fp16"]["bytes"]
-    assert (folder / "transformer/model.mlpackage/Manifest.json").is_file()
-    assert list((tmp_path / "scratch").iterdir()) == []
+    main("coreml", transformer_of(model, tmp_path), "int8", tmp_path / "out", static=True)
+    component = bundle.load(tmp_path / "out").manifest.components["transformer"]
+    assert component.precision in COMPRESSIONS
+    # A palette of 6 bits is taken from 45 dB on, and else the better 8 bits.
+    assert component.parity["psnr"] >= 45 and component.parity["relative_error"] < 0.05
+    (weights,) = (tmp_path / "out/transformer").rglob("weight.bin")
+    (whole,) = (model / "transformer").glob("*.safetensors")
+    assert weights.stat().st_size < 0.4 * whole.stat().st_size
+    assert list(tmp_path.glob(".out*")) == []
 
 
-def test_a_killed_process_is_told_in_one_line() -> None:
-    with pytest.raises(LitappError, match=r"_exit was killed.*memory"):
-        coreml_build._apart(os._exit, 9)
+def transformer_of(model: Path, root: Path) -> Path:
+    """A model of one part, which exports fast."""
+    shutil.copytree(model / "transformer", root / "parts/transformer")
+    return root / "parts"
 
 
 def test_what_is_not_offered_is_refused(model: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -20,7 +22,7 @@ from litapp import TextToImage, bundle, export
 from litapp.cli import app
 from litapp.concepts import CONCEPTS, ConceptScore, read_concepts, write_concepts
 from litapp.engines import OnnxNetwork
-from litapp.errors import LitappError
+from litapp.errors import EXIT_CANCELLED, LitappError
 from litapp.export import child, gate, parity, staging
 from litapp.export.graphs import Graph, graphs, save_graph
 from litapp.export.quantise import INT8, QUANTISERS, SCHEMES, to_int8
@@ -288,6 +290,21 @@ def test_int8_products_of_onnx_runtime_are_those_that_were_predicted(
         assert 0.5 * predicted[name] < measured < 2 * predicted[name] + 0.01
 
 
+def test_layers_that_ran_before_need_not_run_again(source: Source) -> None:
+    from litapp.export.sensitivity import _int8, sensitivity
+
+    graph = graphs(source)["transformer"]
+    inputs = inputs_of("transformer", (2, 4, 4, 5))
+    arguments = [torch.from_numpy(value) for value in inputs.values()]
+    found = sensitivity(graph, [inputs])
+    with torch.inference_mode():
+        exact = graph.network(*arguments)
+        for name in list(found)[::7]:
+            with _int8(graph.network.get_submodule(name)):
+                error = (graph.network(*arguments) - exact).norm() / exact.norm()
+            assert found[name] == pytest.approx(float(error), rel=1e-4)
+
+
 def test_layers_are_kept_in_float_until_the_rest_is_within_the_target() -> None:
     from litapp.export.sensitivity import TARGET, kept_layers
 
@@ -430,8 +447,9 @@ def test_an_interrupted_export_goes_on_where_it_was(
 
     monkeypatch.setattr(staging, "run_process", interrupted)
     output = tmp_path / "bundles/out"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(LitappError, match=r"^interrupted; the same command goes on") as caught:
         export.main("onnx", model, "fp16", output)
+    assert caught.value.exit_code == EXIT_CANCELLED
     assert not output.exists() and steps[-1] == ("trace", "transformer")
     steps.append(("the run", "again"))
     export.main("onnx", model, "fp16", output)
@@ -490,6 +508,30 @@ def test_a_process_that_is_killed_is_told_in_one_line(
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(LitappError, match=r"transformer: .* killed by signal 9, .* of memory"):
         RUN_PROCESS("trace", tmp_path, "transformer")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals and a shell")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_process_of_the_step_and_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    python, pid = tmp_path / "python", tmp_path / "pid"
+    # What a terminal sends to all its processes, this one ignores.
+    lines = ("#!/bin/sh", "kill -INT $$", f"echo $$ >{pid}", f"kill -{number.value} $PPID")
+    python.write_text("\n".join([*lines, "exec sleep 60"]))
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may be deaf to it
+    with (
+        pytest.raises(LitappError, match=r"^interrupted$") as caught,
+        staging.Staging(tmp_path / "bundles/out", "key").working() as folder,
+    ):
+        RUN_PROCESS("trace", folder, "transformer")
+    signal.signal(signal.SIGINT, before)
+    assert caught.value.exit_code == EXIT_CANCELLED
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert list((tmp_path / "bundles").iterdir()) == []
 
 
 def poison(root: Path) -> None:
