@@ -8,12 +8,12 @@ resident memory is its own too. Needs the extra ``dev``.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 from machine import median, run_process, show
 
@@ -24,7 +24,7 @@ def export(model: Path, folder: Path, patch: int) -> None:
     """Write ``lit.onnx`` and ``softmax.onnx``: the model's transformer, its weights random."""
     import torch
 
-    from litapp.export.graphs import graphs, save_graph
+    from litapp.export.graphs import graph, save_graph
     from litapp.export.source import load_source
     from litapp.models.lit import LiTTransformer2DModel
 
@@ -36,8 +36,8 @@ def export(model: Path, folder: Path, patch: int) -> None:
         torch.manual_seed(0)
         changes = {"attention": kind, "patch_size": patch}
         network = LiTTransformer2DModel.from_config({**config, **changes})
-        twin = dataclasses.replace(source, transformer=network.eval())
-        save_graph(graphs(twin)["transformer"], folder / f"{kind}.onnx")
+        twin = SimpleNamespace(transformer=network.eval())
+        save_graph(graph(twin, "transformer"), folder / f"{kind}.onnx")
 
 
 def one(path: Path, side: int, steps: int) -> None:

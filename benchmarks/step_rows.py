@@ -94,17 +94,12 @@ def export(case: str, layers: int, folder: Path) -> None:
     """``fp32.onnx`` and ``int8.onnx``, as ``litapp export`` makes them."""
     from types import SimpleNamespace
 
-    from litapp.export.graphs import graphs, save_graph
+    from litapp.export.graphs import graph, save_graph
     from litapp.export.quantise import to_int8
 
     lit = network(case, layers)
-    config = SimpleNamespace(hidden_size=lit.config.caption_channels)
-    source = SimpleNamespace(
-        transformer=lit,
-        text_encoder=SimpleNamespace(bert=SimpleNamespace(config=config)),
-        autoencoder=SimpleNamespace(reduction=32),
-    )
-    save_graph(graphs(source)["transformer"], folder / "fp32.onnx")
+    source = SimpleNamespace(transformer=lit)
+    save_graph(graph(source, "transformer"), folder / "fp32.onnx")
     to_int8(folder / "fp32.onnx", folder / "int8.onnx")
 
 
