@@ -570,10 +570,7 @@ def edit(name: str, old: str, new: str) -> Any:
         (lambda root: (root / "model.toml").write_bytes(b"name = \xff"), "model.toml is damaged"),
         (edit("model.toml", "steps = 3", ""), "has no valid sampler.steps"),
         (edit("model.toml", "dpmsolver++", "magic"), "no sampler 'magic'"),
-        (
-            edit("model.toml", "[canvas]", "[styles]\nSnow = 3\n[canvas]"),
-            r"\[styles\] must be names",
-        ),
+        (edit("model.toml", '"in the snow"', "3"), r"\[styles\] must be names"),
         (edit("model.toml", "[licenses]", 'readme = "card.md"\n[licenses]'), "card.md"),
         (edit("scheduler/scheduler_config.json", "linear", "cubic"), "beta_schedule 'cubic'"),
         (
