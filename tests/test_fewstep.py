@@ -218,4 +218,7 @@ def test_a_recipe_that_cannot_be_is_refused(
 def test_a_missing_teacher_is_one_clear_line(workshop: Path) -> None:
     with pytest.raises(LitappError, match="there is no teacher in"):
         fewstep.main(workshop / "recipe.toml", workshop / "out", True, teacher=workshop / "none")
+    (workshop / "teacher/scheduler/scheduler_config.json").unlink()
+    with pytest.raises(LitappError, match="there is no schedule in"):
+        fewstep.main(workshop / "recipe.toml", workshop / "out", True, workshop / "teacher")
     assert not (workshop / "out").exists()

@@ -15,6 +15,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from litapp.errors import LitappError
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.lit import LiTTransformer2DModel
 from litapp.models.text_encoder import load_text_encoder
@@ -168,7 +169,10 @@ def main(recipe: Path, output: Path, resume: bool, teacher: Path) -> None:
     mentor.eval().requires_grad_(False)
     for network in (mentor, model):
         choose_cross_attention(network)
-    scheduler = DDPMScheduler.from_pretrained(teacher / "scheduler")
+    try:
+        scheduler = DDPMScheduler.from_pretrained(teacher / "scheduler")
+    except (OSError, ValueError) as error:
+        raise LitappError(f"there is no schedule in {teacher / 'scheduler'}") from error
     text = load_text_encoder()
     latents = load_latents(tables, autoencoder, text, config.text_length)
     objective = FewStep(Diffusion(scheduler), mentor, latents.condition(latents.empty), config)
