@@ -187,6 +187,45 @@ def rewrite(tiny: Path) -> Callable[..., Path]:
     return change
 
 
+@pytest.fixture
+def autoencoder(tmp_path: Path) -> Path:
+    """The folder ``tmp_path/autoencoder``: one of 4 channels with random weights.
+
+    Torch's generator is seeded, so what a test makes after it has the same weights every time.
+    """
+    import torch
+
+    from litapp.models.autoencoder import SceneAutoencoder
+
+    torch.manual_seed(0)
+    network = SceneAutoencoder(
+        latent_channels=4,
+        encoder_widths=(8, 16, 32),
+        decoder_widths=(32, 16, 8),
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    network.save_pretrained(tmp_path / "autoencoder")
+    return tmp_path / "autoencoder"
+
+
+class Lengths:
+    """A tokenizer and a text encoder in one, which know no more than how long a text is."""
+
+    def encode_batch(self, texts: list[str]) -> list:
+        return [type("Encoding", (), {"ids": [1, len(text), 2]}) for text in texts]
+
+    def __call__(self, ids, mask) -> tuple:
+        states = ids[..., None].float().expand(*ids.shape, 384) / 20
+        return states, states.mean(1)
+
+
+@pytest.fixture
+def any_text() -> tuple[Lengths, Lengths]:
+    """In place of ``load_text_encoder()``: the weights of MiniLM are not part of a clone."""
+    return Lengths(), Lengths()
+
+
 @pytest.fixture(autouse=True)
 def isolated_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test has a home of its own and starts in an empty folder."""

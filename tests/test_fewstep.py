@@ -104,24 +104,10 @@ def test_every_step_is_drawn_as_often() -> None:
 
 
 @pytest.fixture
-def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    class Words:
-        def encode_batch(self, texts: list[str]) -> list:
-            return [type("Encoding", (), {"ids": [1, len(t), 2]}) for t in texts]
-
-    def encode(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        states = ids[..., None].float().expand(*ids.shape, 384) / 20
-        return states, states.mean(1)
-
-    monkeypatch.setattr(fewstep, "load_text_encoder", lambda: (Words(), encode))
-    torch.manual_seed(0)
-    SceneAutoencoder(
-        latent_channels=4,
-        encoder_widths=(8, 16, 32),
-        decoder_widths=(32, 16, 8),
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).save_pretrained(tmp_path / "autoencoder")
+def workshop(
+    tmp_path: Path, autoencoder: Path, any_text: tuple, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    monkeypatch.setattr(fewstep, "load_text_encoder", lambda: any_text)
     model = LiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -142,7 +128,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for index in range(4):
         Image.new("RGB", (64, 64), (60 * index, 0, 255)).save(pictures / f"{index}.png")
     (pictures / "metadata.jsonl").write_text("\n".join(rows))
-    network = SceneAutoencoder.from_pretrained(tmp_path / "autoencoder")
+    network = SceneAutoencoder.from_pretrained(autoencoder)
     latents.build_folder_cache(pictures, tmp_path / "cache", network, 64)
     monkeypatch.setattr(
         "litapp.training.diffusion._scene_caches", lambda *_: {tmp_path / "cache": 1.0}
@@ -150,7 +136,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "recipe.toml").write_text(
         f"""
         [autoencoder]
-        path = '{tmp_path / "autoencoder"}'
+        path = '{autoencoder}'
         [fewstep]
         steps = 2
         teacher_steps = 2

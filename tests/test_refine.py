@@ -33,30 +33,13 @@ class BallStore:
         return (colour * inside).astype(np.uint8)
 
 
-class Letters:
-    """Any tokenizer and encoder of the right width: MiniLM's weights are not part of a clone."""
-
-    def encode_batch(self, texts: list[str]) -> list:
-        return [type("Encoding", (), {"ids": [1, len(text)]}) for text in texts]
-
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple:
-        states = ids[..., None].float().expand(*ids.shape, 384) / 20
-        return states, states.mean(1)
-
-
 @pytest.fixture
-def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workshop(
+    tmp_path: Path, autoencoder: Path, any_text: tuple, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A recipe, an autoencoder and a transformer that predicts zeros, as an untrained one does."""
-    monkeypatch.setattr(refine, "load_text_encoder", lambda: (Letters(), Letters()))
+    monkeypatch.setattr(refine, "load_text_encoder", lambda: any_text)
     monkeypatch.setattr(refine, "SpriteStore", BallStore)
-    torch.manual_seed(0)
-    SceneAutoencoder(
-        latent_channels=4,
-        encoder_widths=(8, 16, 32),
-        decoder_widths=(32, 16, 8),
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).save_pretrained(tmp_path / "autoencoder")
     model = LiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -82,7 +65,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pictures = 128
         sizes = [[{SIDE}, {SIDE}, 1]]
         [model]
-        start = '{tmp_path / "autoencoder"}'
+        start = '{autoencoder}'
         [predictions]
         model = '{tmp_path / "model"}'
         window = 64

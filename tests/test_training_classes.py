@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 
 import litapp
 from litapp.errors import LitappError
-from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.dit import LiTDiTTransformer2DModel
 from litapp.training import families
 from litapp.training.class_latents import ClassLatents, build_class_cache
@@ -64,16 +63,8 @@ thumbnail = 32
 
 
 @pytest.fixture
-def workshop(tmp_path: Path) -> Path:
+def workshop(tmp_path: Path, autoencoder: Path) -> Path:
     """An autoencoder, a softmax teacher and nine pictures of three classes."""
-    torch.manual_seed(0)
-    SceneAutoencoder(
-        latent_channels=4,
-        encoder_widths=(8, 16, 32),
-        decoder_widths=(32, 16, 8),
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).save_pretrained(tmp_path / "autoencoder")
     teacher = LiTDiTTransformer2DModel(
         **NETWORK, attention="softmax", num_embeds_ada_norm=len(CLASSES), norm_eps=1e-5
     )

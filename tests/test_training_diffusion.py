@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from litapp.errors import LitappError
-from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.lit import LiTTransformer2DModel
 from litapp.training import diffusion
 
@@ -30,29 +29,11 @@ NETWORK = {
 
 
 @pytest.fixture
-def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workshop(
+    tmp_path: Path, autoencoder: Path, any_text: tuple, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A recipe, an autoencoder, a softmax teacher and four captioned pictures."""
-
-    class Words:
-        """Any encoder of the right width: the weights of MiniLM are not part of a clone."""
-
-        def encode_batch(self, texts):
-            return [type("Encoding", (), {"ids": [1, len(t), 2]}) for t in texts]
-
-    def encode(ids: torch.Tensor, mask: torch.Tensor):
-        states = ids[..., None].float().expand(*ids.shape, 384) / 20
-        return states, states.mean(1)
-
-    monkeypatch.setattr(diffusion, "load_text_encoder", lambda: (Words(), encode))
-    torch.manual_seed(0)
-    autoencoder = SceneAutoencoder(
-        latent_channels=4,
-        encoder_widths=(8, 16, 32),
-        decoder_widths=(32, 16, 8),
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    autoencoder.save_pretrained(tmp_path / "autoencoder")
+    monkeypatch.setattr(diffusion, "load_text_encoder", lambda: any_text)
     teacher = LiTTransformer2DModel(**NETWORK, attention="softmax")
     teacher.save_pretrained(tmp_path / "teacher")
     pictures = tmp_path / "pictures"
@@ -66,7 +47,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "recipe.toml").write_text(
         f"""
         [autoencoder]
-        path = '{tmp_path / "autoencoder"}'
+        path = '{autoencoder}'
         [model]
         attention = "lit"
         linear_heads = 2
