@@ -41,13 +41,15 @@ from litapp.export.staging import COMPANIONS
 from litapp.manifest import COMPONENTS, ENCODER, SCHEMA_VERSION, parse_manifest, read_json
 from litapp.pipeline import TextToImage
 
-__all__ = ["PACKAGE", "STEPS", "Job", "psnr"]
+__all__ = ["PACKAGE", "STEPS", "Job", "compressions", "psnr"]
 
 PACKAGE = "model.mlpackage"
 
 # In dB against torch. Below the first, fp16 is too small or too coarse for a network's activations,
 # which stays in fp32; below the second its weights stay whole; weights of 6 bits need the third.
 FP16_ENOUGH, COMPRESSED_ENOUGH, SMALLEST_PSNR = 50.0, 35.0, 45.0
+# Weights of a network whose palettes are still searched: k-means takes minutes per ten million.
+PALETTE_MOST = 100_000_000
 # Of all calls of a component, as many are compared; the autoencoder's are the slow ones.
 MEASURED = {"text_encoder": 6, "transformer": 8, "vae_decoder": 2, ENCODER: 2}
 
@@ -183,6 +185,15 @@ def _convert(job: Job, name: str) -> dict[str, Any]:
     return {"rows": rows, "fp32_bytes": weights}
 
 
+def compressions(precision: str, weights: int) -> list[str]:
+    """Ways to compress so many weights of a package in ``precision``, in the order to try them.
+
+    Palettes are for fp16: coremltools finds those of fp32 weights with scikit-learn alone.
+    """
+    palettes = precision == FP16 and weights <= PALETTE_MOST
+    return list(COMPRESSIONS) if palettes else [INT8_WEIGHTS]
+
+
 def _compressed(
     name: str,
     whole: dict[str, Any],
@@ -191,13 +202,10 @@ def _compressed(
     calls: list[tuple[Arrays, Answers]],
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Try 6 bits, and where they cost too much the better way to spend 8; returns the row to keep.
-
-    Palettes are for fp16: coremltools finds those of fp32 weights with scikit-learn alone.
-    """
-    schemes = list(COMPRESSIONS) if whole["precision"] == FP16 else [INT8_WEIGHTS]
+    """Try 6 bits, and where they cost too much the better 8; returns the row to keep."""
+    weights = sum(weight.numel() for weight in graph.network.parameters())
     best = whole
-    for scheme in schemes:
+    for scheme in compressions(whole["precision"], weights):
         source = work / f"{whole['precision']}.mlpackage"
         make = partial(compress, source, scheme=scheme)
         rows.append(row := _measured(name, scheme, work, graph, calls, make))

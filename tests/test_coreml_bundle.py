@@ -27,7 +27,7 @@ from litapp.errors import EXIT_CANCELLED, EXIT_USAGE, LitappError
 from litapp.export import child, coreml_parity, main, staging
 from litapp.export.coreml import COMPRESSIONS, FP32, convert
 from litapp.export.coreml import Network as Traced
-from litapp.export.coreml_parity import PACKAGE
+from litapp.export.coreml_parity import PACKAGE, compressions
 from litapp.export.mil import MilProgram
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.dit import LiTDiTTransformer2DModel
@@ -345,6 +345,12 @@ def test_int8_keeps_what_measures_best(model: Path, tmp_path: Path) -> None:
     (whole,) = (model / "transformer").glob("*.safetensors")
     assert weights.stat().st_size < 0.4 * whole.stat().st_size
     assert list(tmp_path.glob(".out*")) == []
+
+
+def test_large_networks_are_spared_the_search_for_palettes() -> None:
+    assert compressions("fp16", 100_000_000) == ["palette6", "palette8", "int8-weights"]
+    assert compressions("fp16", 100_000_001) == ["int8-weights"]
+    assert compressions("fp32", 1) == ["int8-weights"]
 
 
 def transformer_of(model: Path, root: Path) -> Path:
