@@ -41,7 +41,7 @@ from litapp.export.staging import COMPANIONS
 from litapp.manifest import COMPONENTS, ENCODER, SCHEMA_VERSION, parse_manifest, read_json
 from litapp.pipeline import TextToImage
 
-__all__ = ["PACKAGE", "STEPS", "Job", "compressions", "psnr"]
+__all__ = ["PACKAGE", "STEPS", "Job", "compressions", "psnr", "weights_of"]
 
 PACKAGE = "model.mlpackage"
 
@@ -181,8 +181,17 @@ def _convert(job: Job, name: str) -> dict[str, Any]:
     (work / f"{kept['precision']}.mlpackage").rename(job.package(name))
     for row in rows:
         shutil.rmtree(work / f"{row['precision']}.mlpackage", ignore_errors=True)
-    weights = sum(4 * weight.numel() for weight in graph.network.parameters())
-    return {"rows": rows, "fp32_bytes": weights}
+    return {"rows": rows, "fp32_bytes": 4 * weights_of(graph, name)}
+
+
+def weights_of(graph: Graph, component: str) -> int:
+    """How many weights a component has: an autoencoder's two are each a half of it."""
+    unused = {"vae_decoder": ("encoder", "quant_conv"), ENCODER: ("decoder", "post_quant_conv")}
+    return sum(
+        weight.numel()
+        for name, weight in graph.network.named_parameters()
+        if name.split(".")[1] not in unused.get(component, ())
+    )
 
 
 def compressions(precision: str, weights: int) -> list[str]:
@@ -203,9 +212,8 @@ def _compressed(
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Try 6 bits, and where they cost too much the better 8; returns the row to keep."""
-    weights = sum(weight.numel() for weight in graph.network.parameters())
     best = whole
-    for scheme in compressions(whole["precision"], weights):
+    for scheme in compressions(whole["precision"], weights_of(graph, name)):
         source = work / f"{whole['precision']}.mlpackage"
         make = partial(compress, source, scheme=scheme)
         rows.append(row := _measured(name, scheme, work, graph, calls, make))

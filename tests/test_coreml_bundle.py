@@ -27,8 +27,10 @@ from litapp.errors import EXIT_CANCELLED, EXIT_USAGE, LitappError
 from litapp.export import child, coreml_parity, main, staging
 from litapp.export.coreml import COMPRESSIONS, FP32, convert
 from litapp.export.coreml import Network as Traced
-from litapp.export.coreml_parity import PACKAGE, compressions
+from litapp.export.coreml_parity import PACKAGE, compressions, weights_of
+from litapp.export.graphs import graphs
 from litapp.export.mil import MilProgram
+from litapp.export.source import open_source
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.dit import LiTDiTTransformer2DModel
 from litapp.models.lit import LiTTransformer2DModel
@@ -351,6 +353,14 @@ def test_large_networks_are_spared_the_search_for_palettes() -> None:
     assert compressions("fp16", 100_000_000) == ["palette6", "palette8", "int8-weights"]
     assert compressions("fp16", 100_000_001) == ["int8-weights"]
     assert compressions("fp32", 1) == ["int8-weights"]
+
+
+def test_the_halves_of_an_autoencoder_are_counted_once(model: Path) -> None:
+    parts = graphs(open_source(model))
+    halves = [weights_of(parts[name], name) for name in ("vae_decoder", "vae_encoder")]
+    network = SceneAutoencoder.from_pretrained(model / "autoencoder")
+    assert sum(halves) == sum(weight.numel() for weight in network.parameters())
+    assert halves[0] == sum(weight.numel() for weight in network.decoder.parameters())
 
 
 def transformer_of(model: Path, root: Path) -> Path:
