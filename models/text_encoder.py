@@ -1,4 +1,4 @@
-"""The text encoder: all-MiniLM-L6-v2 as it ships, giving token states and a pooled vector."""
+"""Text encoders: all-MiniLM-L6-v2 as it ships, and T5; token states and a pooled vector."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import BertModel
+from transformers import BertModel, T5EncoderModel
 
 MAX_LENGTH = 48
 
@@ -19,17 +19,17 @@ class _Bert(BertModel):
 
 
 class TextEncoder(nn.Module):
-    """MiniLM with the two outputs that LiT conditions on."""
+    """MiniLM, or an encoder of T5, with the two outputs that LiT conditions on."""
 
-    def __init__(self, bert: BertModel) -> None:
+    def __init__(self, bert: BertModel | T5EncoderModel) -> None:
         super().__init__()
         self.bert = bert
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) int64 ids and mask to token states (B, L, 384) and pooled (B, 384).
+        """(B, L) int64 ids and mask to token states (B, L, C) and pooled (B, C); MiniLM's C is 384.
 
-        The pooled vector is the mean over unmasked tokens, scaled to length sqrt(384) so that its
-        entries are of unit order.
+        The pooled vector is the mean over unmasked tokens, scaled to length sqrt(C) so that its
+        entries are of unit order. Models of PixArt's own form do not read it.
         """
         states = self.bert(input_ids, attention_mask).last_hidden_state
         return states, pool(states, attention_mask)
@@ -69,6 +69,31 @@ def load_text_encoder(folder: Path | None = None) -> tuple[Tokenizer, TextEncode
     return tokenizer, TextEncoder(bert).eval()
 
 
+def load_pipeline_text(folder: Path, length: int) -> tuple[Tokenizer, TextEncoder]:
+    """The tokenizer (truncating to ``length`` tokens) and T5 encoder of a pipeline of diffusers.
+
+    Args:
+        folder: holds ``tokenizer/tokenizer.json`` and ``text_encoder``, as PixArt-Sigma's does.
+
+    Raises:
+        ValueError: a part is missing or cannot be read.
+    """
+    path = folder / "tokenizer" / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing: save it with transformers' T5TokenizerFast.save_pretrained"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", use_safetensors=True)
+    except Exception as error:  # the bindings of tokenizers raise bare Exception
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise ValueError(f"cannot load the text encoder from {folder}: {reason}") from error
+    tokenizer.enable_truncation(length)
+    tokenizer.no_padding()
+    return tokenizer, TextEncoder(encoder).eval()
+
+
 @torch.no_grad()
 def encode_texts(
     tokenizer: Tokenizer, encoder: TextEncoder, texts: list[str], length: int
@@ -76,7 +101,7 @@ def encode_texts(
     """Encode texts to one fixed length.
 
     Returns:
-        ``states`` (N, length, 384), ``mask`` (N, length) int64, ``pooled`` (N, 384).
+        ``states`` (N, length, C), ``mask`` (N, length) int64, ``pooled`` (N, C).
     """
     tokens = [encoding.ids[:length] for encoding in tokenizer.encode_batch(texts)]
     lengths = torch.tensor([len(ids) for ids in tokens])

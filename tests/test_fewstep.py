@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from litapp.errors import LitappError
-from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.lit import LiTTransformer2DModel
 from litapp.training import fewstep, latents
+from litapp.training.codec import load_codec
 from litapp.training.diffusion import DiffusionConfig
 from litapp.training.fewstep import FewStep, FewStepConfig
 from litapp.training.losses import Diffusion
@@ -128,8 +128,7 @@ def workshop(
     for index in range(4):
         Image.new("RGB", (64, 64), (60 * index, 0, 255)).save(pictures / f"{index}.png")
     (pictures / "metadata.jsonl").write_text("\n".join(rows))
-    network = SceneAutoencoder.from_pretrained(autoencoder)
-    latents.build_folder_cache(pictures, tmp_path / "cache", network, 64)
+    latents.build_folder_cache(pictures, tmp_path / "cache", load_codec(autoencoder), 64)
     monkeypatch.setattr(
         "litapp.training.diffusion._scene_caches", lambda *_: {tmp_path / "cache": 1.0}
     )

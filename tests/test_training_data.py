@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from litapp.errors import LitappError
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.training.autoencoder import measure_latents, psnr, reconstruction_loss
+from litapp.training.codec import SceneCodec
 from litapp.training.data.art import SpriteStore
 from litapp.training.data.folder import read_folder
 from litapp.training.data.scenes import Mix
@@ -94,10 +95,14 @@ def test_reconstruction_loss_is_as_computed_by_hand() -> None:
     assert psnr(output, target) == pytest.approx(10 * np.log10(8), abs=1e-4)
 
 
+def own_pictures(autoencoder: SceneAutoencoder, root: Path) -> Path:
+    return build_folder_cache(picture_folder(root), root / "cache", SceneCodec(autoencoder), 64)
+
+
 def test_own_pictures_become_latents_with_their_captions(
     autoencoder: SceneAutoencoder, tmp_path: Path
 ) -> None:
-    cache = build_folder_cache(picture_folder(tmp_path), tmp_path / "cache", autoencoder, 64)
+    cache = own_pictures(autoencoder, tmp_path)
     data = LatentData([cache], WordTokenizer(), count_encoder, text_length=6)
     assert len(data) == 3
     batch = next(data.batches(0, size=5, dropout=0.0, seed=0))
@@ -107,7 +112,7 @@ def test_own_pictures_become_latents_with_their_captions(
 
 
 def test_batches_are_a_function_of_the_step(autoencoder: SceneAutoencoder, tmp_path: Path) -> None:
-    cache = build_folder_cache(picture_folder(tmp_path), tmp_path / "cache", autoencoder, 64)
+    cache = own_pictures(autoencoder, tmp_path)
     data = LatentData([cache], WordTokenizer(), count_encoder, text_length=6)
     run = data.batches(0, size=2, dropout=0.5, seed=3)
     third = [next(run) for _ in range(3)][2]
@@ -118,7 +123,7 @@ def test_batches_are_a_function_of_the_step(autoencoder: SceneAutoencoder, tmp_p
 def test_dropped_captions_are_the_empty_prompt(
     autoencoder: SceneAutoencoder, tmp_path: Path
 ) -> None:
-    cache = build_folder_cache(picture_folder(tmp_path), tmp_path / "cache", autoencoder, 64)
+    cache = own_pictures(autoencoder, tmp_path)
     data = LatentData([cache], WordTokenizer(), count_encoder, text_length=6)
     batch = next(data.batches(0, size=64, dropout=0.5, seed=0))
     lengths = batch["encoder_attention_mask"].sum(1)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import T5Config, T5EncoderModel
 
 from litapp.errors import LitappError
 from litapp.models.lit import LiTTransformer2DModel
+from litapp.models.text_encoder import encode_texts, load_pipeline_text
 from litapp.training import diffusion
+from litapp.training.codec import load_codec
 
 NETWORK = {
     "num_attention_heads": 2,
@@ -155,3 +161,74 @@ def test_a_start_from_before_an_option_existed_gets_it(workshop: Path) -> None:
     saved = LiTTransformer2DModel.from_pretrained(output / "model" / "transformer")
     assert saved.config.attention == "softmax"
     assert saved.skip.gate.bias.abs().max() > 0
+
+
+@pytest.fixture
+def pixart(workshop: Path, built_bundle: Path) -> Path:
+    """What PixArt-Sigma is made of, small: T5 with its tokenizer, an f8 autoencoder's kind."""
+    torch.manual_seed(0)
+    folder = workshop / "pipeline"
+    shutil.copytree(built_bundle / "tokenizer", folder / "tokenizer")
+    text = T5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5EncoderModel(text).save_pretrained(folder / "text_encoder")
+    AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    network = {**NETWORK, "caption_channels": 16, "pooled_projection_dim": None}
+    LiTTransformer2DModel(**network, attention="softmax").save_pretrained(folder / "transformer")
+    recipe = (workshop / "recipe.toml").read_text()
+    recipe = recipe.replace("caption_channels = 384", "caption_channels = 16")
+    recipe = recipe.replace("pooled_projection_dim = 384", "")
+    recipe = recipe.replace(str(workshop / "autoencoder"), str(folder / "vae"))
+    recipe += f"[text_encoder]\npath = '{folder}'\n[diffusion]\nprediction_type = 'epsilon'\n"
+    (workshop / "recipe.toml").write_text(recipe)
+    return folder
+
+
+def test_pixart_is_distilled_with_its_own_text_encoder_and_autoencoder(
+    workshop: Path, pixart: Path
+) -> None:
+    output = run(workshop, "out", teacher="pipeline/transformer")
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and all(row["kd_noise"] > 0 for row in rows)
+    saved = AutoencoderKL.from_pretrained(output / "model" / "autoencoder")
+    assert saved.config.latent_channels == 4
+    assert (output / "samples" / "step-000004.png").is_file()
+
+
+def test_captions_of_t5_are_the_states_of_their_own_tokens(pixart: Path) -> None:
+    texts = encode_texts(*load_pipeline_text(pixart, 8), ["a red cat", ""], 8)
+    assert texts["mask"].sum(1).tolist() == [5, 2]
+    network = T5EncoderModel.from_pretrained(pixart / "text_encoder").eval()
+    with torch.no_grad():
+        wanted = network(torch.tensor([[2, 3]])).last_hidden_state
+    torch.testing.assert_close(texts["states"][1:, :2], wanted)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer.json is missing"),
+        (lambda folder: shutil.rmtree(folder / "text_encoder"), "cannot load the text encoder"),
+    ],
+)
+def test_a_text_encoder_that_cannot_be_read_is_one_line(
+    workshop: Path, pixart: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(pixart)
+    with pytest.raises(LitappError, match=message) as caught:
+        run(workshop, "out", teacher="pipeline/transformer")
+    assert "\n" not in str(caught.value) and not (workshop / "out").exists()
+
+
+def test_parts_that_do_not_fit_are_named(workshop: Path, pixart: Path) -> None:
+    recipe = workshop / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("[text_encoder]", "[unused]"))
+    with pytest.raises(
+        LitappError, match="text encoder gives 384 channels and the transformer reads 16"
+    ):
+        run(workshop, "out", teacher="pipeline/transformer")
+    assert not (workshop / "out").exists()
+    with pytest.raises(LitappError, match="this autoencoder is not RGBA"):
+        diffusion.load_latents({"art": {}, "data": []}, load_codec(pixart / "vae"), (), 8)

@@ -14,14 +14,20 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from litapp.errors import LitappError
 from litapp.folders import replace_folder
-from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.inherit import inherit
 from litapp.models.lit import LiTTransformer2DModel
-from litapp.models.text_encoder import load_text_encoder
+from litapp.models.text_encoder import (
+    TextEncoder,
+    encode_texts,
+    load_pipeline_text,
+    load_text_encoder,
+)
+from litapp.training.codec import KLCodec, SceneCodec, load_codec
 from litapp.training.data.art import SpriteStore
 from litapp.training.distributed import join_processes
 from litapp.training.latents import (
@@ -140,18 +146,54 @@ def choose_cross_attention(model: LiTTransformer2DModel) -> None:
         block.attn2.set_processor(AttnProcessor())
 
 
-def _scene_caches(tables: dict, autoencoder: SceneAutoencoder) -> dict[Path, float]:
+def load_text(tables: dict, length: int) -> tuple[Tokenizer, TextEncoder]:
+    """MiniLM, or the T5 of the pipeline that ``[text_encoder] path`` names.
+
+    Raises:
+        LitappError: it cannot be loaded.
+    """
+    if "text_encoder" not in tables:
+        return load_text_encoder()
+    try:
+        return load_pipeline_text(Path(tables["text_encoder"]["path"]), length)
+    except KeyError as error:
+        raise LitappError("recipe, [text_encoder]: path is missing") from error
+    except ValueError as error:
+        raise LitappError(str(error)) from error
+
+
+def _check_channels(model: LiTTransformer2DModel, text: tuple, codec: SceneCodec | KLCodec) -> None:
+    """Whether the transformer fits what the text encoder and the autoencoder give."""
+    states = encode_texts(*text, [""], 1)["states"].shape[-1]
+    found = {
+        "text encoder": (states, model.config.caption_channels),
+        "autoencoder": (codec.network.config.latent_channels, model.config.in_channels),
+    }
+    for part, (given, read) in found.items():
+        if given != read:
+            raise LitappError(
+                f"the {part} gives {given} channels and the transformer reads {read}:"
+                f" choose the recipe's [{part.replace(' ', '_')}] path that the teacher is for"
+            )
+
+
+def _scene_caches(tables: dict, codec: SceneCodec | KLCodec) -> dict[Path, float]:
     """The folders of the recipe's caches, built where need be, and how often each is drawn."""
     if "data" not in tables or "art" not in tables:
         raise LitappError("this recipe has no [art] and [[data]]: give --data FOLDER")
+    if not isinstance(codec, SceneCodec):
+        raise LitappError(
+            "[[data]] draws RGBA scenes, and this autoencoder is not RGBA: give --data FOLDER"
+        )
     store = SpriteStore(Path(tables["art"]["cache"]))
     configs = [from_table(CacheConfig, table, "data") for table in tables["data"]]
-    return {build_scene_cache(config, store, autoencoder): config.weight for config in configs}
+    network = codec.network
+    return {build_scene_cache(config, store, network): config.weight for config in configs}
 
 
 def load_latents(
     tables: dict,
-    autoencoder: SceneAutoencoder,
+    codec: SceneCodec | KLCodec,
     text: tuple,
     text_length: int,
     data: Path | None = None,
@@ -167,9 +209,9 @@ def load_latents(
     """
     with join_processes().main_process_first():
         if data is not None:
-            caches = {build_folder_cache(data, output / "latents", autoencoder, size): 1.0}
+            caches = {build_folder_cache(data, output / "latents", codec, size): 1.0}
         else:
-            caches = _scene_caches(tables, autoencoder)
+            caches = _scene_caches(tables, codec)
     return LatentData(list(caches), *text, text_length, list(caches.values()))
 
 
@@ -204,15 +246,14 @@ def main(
     config = from_table(DiffusionConfig, tables.get("diffusion", {}), "diffusion")
     weights = from_table(Distillation, tables.get("distillation", {}), "distillation")
     samples = from_table(SampleConfig, tables.get("samples", {}), "samples")
-    autoencoder = load_part(
-        SceneAutoencoder, Path(tables["autoencoder"]["path"]), "autoencoder"
-    ).eval()
+    codec = load_codec(Path(tables["autoencoder"]["path"]))
     mentor = load_network(teacher, "pixart", tables.get("teacher", {})) if teacher else None
     model = _model(tables, student, mentor)
     choose_cross_attention(model)
-    text = load_text_encoder()
-    size = model.config.sample_size * autoencoder.reduction if data else None
-    latents = load_latents(tables, autoencoder, text, config.text_length, data, output, size)
+    text = load_text(tables, config.text_length)
+    _check_channels(model, text, codec)
+    size = model.config.sample_size * codec.reduction if data else None
+    latents = load_latents(tables, codec, text, config.text_length, data, output, size)
     scheduler = config.scheduler()
     diffusion = Diffusion(scheduler)
 
@@ -221,10 +262,10 @@ def main(
     def batches(step: int):
         return latents.batches(step, loop.batch_size, config.caption_dropout, loop.seed)
 
-    sampler = Sampler(samples, scheduler, autoencoder, *text, config.text_length)
+    sampler = Sampler(samples, scheduler, codec, *text, config.text_length)
 
     def on_sample(model: nn.Module, step: int) -> None:
         sampler.grid(model, output / "samples" / f"step-{step:06d}.png")
 
     train(model, objective, batches, loop, output, resume, on_sample, objective.draw)
-    save_run(output, transformer=model, autoencoder=autoencoder, scheduler=scheduler)
+    save_run(output, transformer=model, autoencoder=codec.network, scheduler=scheduler)

@@ -16,9 +16,9 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from litapp.errors import LitappError
-from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.lit import LiTTransformer2DModel
 from litapp.models.text_encoder import load_text_encoder
+from litapp.training.codec import load_codec
 from litapp.training.diffusion import (
     choose_cross_attention,
     load_latents,
@@ -161,8 +161,7 @@ def main(recipe: Path, output: Path, resume: bool, teacher: Path) -> None:
     config = from_table(FewStepConfig, tables["fewstep"], "fewstep")
     loop = from_table(LoopConfig, tables["loop"], "loop")
     samples = from_table(SampleConfig, tables.get("samples", {}), "samples")
-    folder = Path(tables["autoencoder"]["path"])
-    autoencoder = load_part(SceneAutoencoder, folder, "autoencoder").eval()
+    codec = load_codec(Path(tables["autoencoder"]["path"]))
     mentor, model = (
         load_part(LiTTransformer2DModel, teacher / "transformer", "teacher") for _ in range(2)
     )
@@ -174,9 +173,9 @@ def main(recipe: Path, output: Path, resume: bool, teacher: Path) -> None:
     except (OSError, ValueError) as error:
         raise LitappError(f"there is no schedule in {teacher / 'scheduler'}") from error
     text = load_text_encoder()
-    latents = load_latents(tables, autoencoder, text, config.text_length)
+    latents = load_latents(tables, codec, text, config.text_length)
     objective = FewStep(Diffusion(scheduler), mentor, latents.condition(latents.empty), config)
-    sampler = Sampler(samples, scheduler, autoencoder, *text, config.text_length)
+    sampler = Sampler(samples, scheduler, codec, *text, config.text_length)
 
     def batches(step: int):
         return latents.batches(step, loop.batch_size, 0.0, loop.seed)
@@ -185,4 +184,4 @@ def main(recipe: Path, output: Path, resume: bool, teacher: Path) -> None:
         sampler.grid(network, output / "samples" / f"step-{step:06d}.png")
 
     train(model, objective, batches, loop, output, resume, on_sample, objective.draw)
-    save_run(output, transformer=model, autoencoder=autoencoder, scheduler=scheduler)
+    save_run(output, transformer=model, autoencoder=codec.network, scheduler=scheduler)

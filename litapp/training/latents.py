@@ -23,7 +23,7 @@ from torch import Tensor
 from litapp.errors import LitappError
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.text_encoder import TextEncoder, encode_texts
-from litapp.training.codec import encode_pictures
+from litapp.training.codec import KLCodec, SceneCodec, encode_pictures
 from litapp.training.compose import Composer
 from litapp.training.data.art import SpriteStore, load_concepts
 from litapp.training.data.folder import read_folder
@@ -124,13 +124,15 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
-def build_folder_cache(data: Path, folder: Path, autoencoder: SceneAutoencoder, size: int) -> Path:
+@torch.no_grad()
+def build_folder_cache(data: Path, folder: Path, codec: SceneCodec | KLCodec, size: int) -> Path:
     """Encode a user's own pictures (imagefolder with ``metadata.jsonl``), cropped square."""
     folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
     pending: tuple[list[Tensor], list[str]] = ([], [])
     shard = 0
     for picture, caption in read_folder(data, size):
-        pending[0].append(encode_pictures(autoencoder, [picture])[0])
+        pending[0].append(codec.encode(picture[None], generator)[0])
         pending[1].append(caption)
         if len(pending[0]) == SHARD:
             _save_shard(_shard_path(folder, shard), *pending)

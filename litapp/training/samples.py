@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from litapp.images import contact_sheet, save_png, to_image
-from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.text_encoder import TextEncoder, encode_texts
+from litapp.training.codec import KLCodec, SceneCodec
 
 # The app's samplers in the library that training has.
 SOLVERS = {"dpmsolver++": DPMSolverMultistepScheduler, "ddim": DDIMScheduler}
@@ -42,12 +42,12 @@ class Sampler:
         self,
         config: SampleConfig,
         scheduler: DDPMScheduler,
-        autoencoder: SceneAutoencoder,
+        codec: SceneCodec | KLCodec,
         tokenizer: Tokenizer,
         encoder: TextEncoder,
         text_length: int,
     ) -> None:
-        self.config, self.autoencoder = config, autoencoder
+        self.config, self.codec = config, codec
         self.scheduler = SOLVERS[config.solver].from_config(
             scheduler.config, variance_type=None, timestep_spacing="trailing"
         )
@@ -86,6 +86,6 @@ class Sampler:
         path.parent.mkdir(parents=True, exist_ok=True)
         images = []
         for latents in self.latents(model).split(1):
-            pixels = self.autoencoder.decode(self.autoencoder.denormalise(latents))[0]
+            pixels = self.codec.decode(latents)[0]
             images.append(to_image(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())))
         save_png(contact_sheet(images, columns=8, cell=self.config.thumbnail), path)

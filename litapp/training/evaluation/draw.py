@@ -60,9 +60,11 @@ def checkpoint_drawer(folder: Path, steps: int | None, guidance: float | None) -
     import torch
 
     from litapp.models.text_encoder import load_text_encoder
+    from litapp.training.codec import SceneCodec
     from litapp.training.samples import SampleConfig, Sampler
 
     model, autoencoder, scheduler = _networks(folder)
+    codec = SceneCodec(autoencoder)
     tokenizer, encoder = load_text_encoder()
     options = {"steps": steps, "guidance": guidance}
     chosen = {name: value for name, value in options.items() if value is not None}
@@ -72,9 +74,9 @@ def checkpoint_drawer(folder: Path, steps: int | None, guidance: float | None) -
         for start in range(0, len(jobs), 8):
             chunk = jobs[start : start + 8]
             config = SampleConfig([job.prompt for job in chunk], seed=chunk[0].seed, **chosen)
-            sampler = Sampler(config, scheduler, autoencoder, tokenizer, encoder, 32)
+            sampler = Sampler(config, scheduler, codec, tokenizer, encoder, 32)
             for latents in sampler.latents(model).split(1):
-                pixels = autoencoder.decode(autoencoder.denormalise(latents))[0]
+                pixels = codec.decode(latents)[0]
                 picture = np.clip(pixels.permute(1, 2, 0).float().numpy(), 0, 1)
                 yield to_image(snap_alpha(np.ascontiguousarray(picture)))
 
