@@ -5,11 +5,12 @@ Without a Mac the packages run in :mod:`litapp.export.mil`.
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,24 +165,23 @@ def _convert(job: Job, name: str) -> dict[str, Any]:
     work = job.staging / name
     shutil.rmtree(work)  # of a run that was interrupted here
     work.mkdir()
+    weights = weights_of(graph, name)
     precision = FP32 if job.precision == FP32 else FP16
-    rows = [
-        _measured(
-            name, precision, work, graph, calls, partial(convert, network, precision=precision)
-        )
-    ]
+    measure = partial(_measured, name, work, graph.outputs, calls)
+    rows = [measure(precision, partial(convert, network, precision=precision))]
     if precision == FP16 and not rows[0]["psnr"] >= FP16_ENOUGH:
-        rows.append(
-            _measured(name, FP32, work, graph, calls, partial(convert, network, precision=FP32))
-        )
+        rows.append(measure(FP32, partial(convert, network, precision=FP32)))
+    # Torch's weights are as large as all that follows, and are not needed any more.
+    del graph, network
+    gc.collect()
     kept = rows[-1]
     if job.precision not in (FP16, FP32):
-        kept = _compressed(name, kept, work, graph, calls, rows)
+        kept = _compressed(work, kept, weights, measure, rows)
     kept["kept"] = True
     (work / f"{kept['precision']}.mlpackage").rename(job.package(name))
     for row in rows:
         shutil.rmtree(work / f"{row['precision']}.mlpackage", ignore_errors=True)
-    return {"rows": rows, "fp32_bytes": 4 * weights_of(graph, name)}
+    return {"rows": rows, "fp32_bytes": 4 * weights}
 
 
 def weights_of(graph: Graph, component: str) -> int:
@@ -204,19 +204,17 @@ def compressions(precision: str, weights: int) -> list[str]:
 
 
 def _compressed(
-    name: str,
-    whole: dict[str, Any],
     work: Path,
-    graph: Graph,
-    calls: list[tuple[Arrays, Answers]],
+    whole: dict[str, Any],
+    weights: int,
+    measure: Callable[[str, Callable[[Path], None]], dict[str, Any]],
     rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Try 6 bits, and where they cost too much the better 8; returns the row to keep."""
     best = whole
-    for scheme in compressions(whole["precision"], weights_of(graph, name)):
+    for scheme in compressions(whole["precision"], weights):
         source = work / f"{whole['precision']}.mlpackage"
-        make = partial(compress, source, scheme=scheme)
-        rows.append(row := _measured(name, scheme, work, graph, calls, make))
+        rows.append(row := measure(scheme, partial(compress, source, scheme=scheme)))
         if scheme == PALETTE6 and row["psnr"] >= SMALLEST_PSNR:
             return row
         if best is whole or row["psnr"] > best["psnr"]:
@@ -226,20 +224,22 @@ def _compressed(
 
 def _measured(
     name: str,
-    precision: str,
     work: Path,
-    graph: Graph,
+    outputs: Sequence[str],
     calls: list[tuple[Arrays, Answers]],
+    precision: str,
     make: Callable[[Path], None],
 ) -> dict[str, Any]:
+    """Make a package and compare its answers with torch's."""
     start = time.perf_counter()
     package = work / f"{precision}.mlpackage"
     make(package)
+    gc.collect()  # coremltools leaves its programs in cycles
     seconds = time.perf_counter() - start
-    run = CoreMLNetwork(package, "cpu", graph.outputs, program=MilProgram(package))
+    run = CoreMLNetwork(package, "cpu", outputs, program=MilProgram(package))
     answers = [(run(**inputs), wanted) for inputs, wanted in calls]
     values, errors = [], []
-    for i, output in enumerate(graph.outputs):
+    for i, output in enumerate(outputs):
         pairs = [(found[i], wanted[i]) for found, wanted in answers]
         if output == "last_hidden_state":  # nothing reads those of padding
             masks = [inputs["attention_mask"] > 0 for inputs, _ in calls]
