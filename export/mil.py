@@ -327,6 +327,14 @@ def _concat(a: Arguments) -> Tensor:
     return torch.cat([x.reshape(1) if x.ndim == 0 else x for x in values], int(a["axis"]))
 
 
+def _pad(a: Arguments) -> Tensor:
+    mode, sides = a.get("mode", "constant"), _ints(a["pad"])
+    value = float(a.get("constant_val", 0.0)) if mode == "constant" else None
+    # Before and after of each of the last axes; torch counts them from the last.
+    turned = [n for i in range(len(sides) - 2, -1, -2) for n in sides[i : i + 2]]
+    return F.pad(a["x"], turned, mode, value)
+
+
 def _upsample(a: Arguments) -> Tensor:
     factors = [float(a[f"scale_factor_{side}"]) for side in ("height", "width")]
     return F.interpolate(a["x"], scale_factor=factors, mode="nearest")
@@ -375,6 +383,7 @@ OPERATIONS: dict[str, Callable[[Arguments], Any]] = {
     "maximum": _binary(torch.maximum),
     "minimum": _binary(torch.minimum),
     "mul": _binary(torch.mul),
+    "pad": _pad,
     "pixel_shuffle": lambda a: F.pixel_shuffle(a["x"], int(a["upscale_factor"])),
     "pixel_unshuffle": lambda a: F.pixel_unshuffle(a["x"], int(a["downscale_factor"])),
     "pow": _binary(torch.pow),

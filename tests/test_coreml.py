@@ -6,7 +6,9 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,8 @@ from litapp.export.coreml import FP16, FP32, Network, compress, convert
 from litapp.export.coreml_networks import coreml_network, named_sizes
 from litapp.export.coreml_parity import psnr
 from litapp.export.graphs import Graph
-from litapp.export.mil import MilProgram
+from litapp.export.graphs import graph as graph_of
+from litapp.export.mil import OPERATIONS, MilProgram
 from litapp.export.report import quiet
 from litapp.models.dit import LiTDiTTransformer2DModel
 from litapp.models.lit import LiTTransformer2DModel
@@ -89,15 +92,6 @@ class Class2Image(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         return self.transformer(x, t, labels.long()).sample
-
-
-class Decoder(nn.Module):
-    def __init__(self, autoencoder: nn.Module) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.autoencoder.decode(latents).sample
 
 
 class States(nn.Module):
@@ -307,7 +301,13 @@ def lit_s_2() -> Graph:
     return Graph(Class2Image(randomise(network)), inputs, ("sample",), ())
 
 
-def kl() -> Graph:
+def half(autoencoder: nn.Module, component: str) -> Graph:
+    """The decoder or the encoder, as an export sees it."""
+    source = SimpleNamespace(autoencoder=autoencoder.eval(), latent_channels=4, reduction=2)
+    return graph_of(source, component)
+
+
+def kl(component: str) -> Graph:
     torch.manual_seed(0)
     autoencoder = AutoencoderKL(
         block_out_channels=(8, 16),
@@ -317,11 +317,10 @@ def kl() -> Graph:
         latent_channels=4,
         norm_num_groups=4,
     )
-    latents = {"latent_sample": torch.zeros(2, 4, 6, 10)}
-    return Graph(Decoder(autoencoder.eval()), latents, ("sample",), ())
+    return half(autoencoder, component)
 
 
-def dc() -> Graph:
+def dc(component: str) -> Graph:
     torch.manual_seed(0)
     blocks, scales, widths = ("ResBlock", "EfficientViTBlock"), ((), (5,)), (8, 16)
     autoencoder = AutoencoderDC(
@@ -336,8 +335,7 @@ def dc() -> Graph:
         encoder_qkv_multiscales=scales,
         decoder_qkv_multiscales=scales,
     )
-    latents = {"latent_sample": torch.zeros(2, 4, 6, 10)}
-    return Graph(Decoder(autoencoder.eval()), latents, ("sample",), ())
+    return half(autoencoder, component)
 
 
 @pytest.mark.parametrize(
@@ -346,8 +344,10 @@ def dc() -> Graph:
         (bert, "text_encoder", 8),
         (t5, "text_encoder", 8),
         (lit_s_2, "transformer", 8),
-        (kl, "vae_decoder", 2),
-        (dc, "vae_decoder", 2),
+        (partial(kl, "vae_decoder"), "vae_decoder", 2),
+        (partial(kl, "vae_encoder"), "vae_encoder", 2),
+        (partial(dc, "vae_decoder"), "vae_decoder", 2),
+        (partial(dc, "vae_encoder"), "vae_encoder", 2),
     ],
 )
 def test_the_networks_of_other_models_convert(
@@ -383,6 +383,14 @@ def test_fp16_overflow_is_seen_and_the_export_turns_to_fp32(tmp_path: Path) -> N
     inputs = {"latent_sample": np.ones((1, 4, 2, 2), dtype=np.float32)}
     assert decibels(tmp_path / "fp16.mlpackage", graph, inputs) == -np.inf
     assert decibels(tmp_path / "fp32.mlpackage", graph, inputs) > 100
+
+
+def test_padding_is_before_and_after_each_of_the_last_axes() -> None:
+    x = torch.ones(1, 2, 3)
+    padded = OPERATIONS["pad"]({"x": x, "pad": torch.tensor([0, 1, 2, 3]), "constant_val": 5.0})
+    assert padded.shape == (1, 3, 8)
+    assert padded[0, 0].tolist() == [5, 5, 1, 1, 1, 5, 5, 5]
+    assert (padded[0, 2] == 5).all()
 
 
 def test_an_unsupported_operation_is_one_line(tmp_path: Path) -> None:

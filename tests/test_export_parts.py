@@ -296,11 +296,11 @@ def test_each_component_is_exported_in_a_process_of_its_own(t5: Path) -> None:
 
 
 def test_optimum_reads_a_text_encoder(t5: Path) -> None:
-    from optimum.onnxruntime import ORTModelForFeatureExtraction
+    optimum = pytest.importorskip("optimum.onnxruntime")
     from transformers import T5EncoderModel
 
     folder = t5 / "text_encoder"
-    model = ORTModelForFeatureExtraction.from_pretrained(folder, use_io_binding=False)
+    model = optimum.ORTModelForFeatureExtraction.from_pretrained(folder, use_io_binding=False)
     ids = torch.tensor([[2, 3, 4, 1], [2, 1, 0, 0]])
     mask = (ids != 0).long()
     found = model(input_ids=ids, attention_mask=mask).last_hidden_state
