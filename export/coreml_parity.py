@@ -49,7 +49,7 @@ PACKAGE = "model.mlpackage"
 # In dB against torch. Below the first, fp16 is too small or too coarse for a network's activations,
 # which stays in fp32; below the second its weights stay whole; weights of 6 bits need the third.
 FP16_ENOUGH, COMPRESSED_ENOUGH, SMALLEST_PSNR = 50.0, 35.0, 45.0
-# Weights of a network whose palettes are still searched: k-means takes minutes per ten million.
+# Weights of a network whose palettes are still searched: those of 34 million took up to 6 minutes.
 PALETTE_MOST = 100_000_000
 # Of all calls of a component, as many are compared; the autoencoder's are the slow ones.
 MEASURED = {"text_encoder": 6, "transformer": 8, "vae_decoder": 2, ENCODER: 2}
@@ -234,8 +234,8 @@ def _measured(
     start = time.perf_counter()
     package = work / f"{precision}.mlpackage"
     make(package)
-    gc.collect()  # coremltools leaves its programs in cycles
     seconds = time.perf_counter() - start
+    gc.collect()  # what coremltools leaves behind would add to the interpreter's memory
     run = CoreMLNetwork(package, "cpu", outputs, program=MilProgram(package))
     answers = [(run(**inputs), wanted) for inputs, wanted in calls]
     values, errors = [], []

@@ -91,12 +91,12 @@ class DiffusionConfig:
         )
 
 
-def load_part(kind: type, folder: Path, role: str):
-    """A trained network; raises LitappError where there is none or it cannot be read."""
+def load_transformer(folder: Path, role: str) -> LiTTransformer2DModel:
+    """A trained transformer; raises LitappError where there is none or it cannot be read."""
     if not (folder / "config.json").is_file():
         raise LitappError(f"there is no {role} in {folder}: it needs config.json and safetensors")
     try:
-        return kind.from_pretrained(folder, use_safetensors=True)
+        return LiTTransformer2DModel.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError, TypeError, KeyError) as error:
         reason = (str(error).splitlines() or ["unreadable"])[0]
         raise LitappError(f"cannot load the {role} from {folder}: {reason}") from error
@@ -107,10 +107,10 @@ def _model(tables: dict, student: Path | None, teacher: nn.Module | None) -> LiT
     options = {name: value for name, value in tables["model"].items() if name != "family"}
     start = options.pop("start", None)
     if student:
-        return load_part(LiTTransformer2DModel, student, "student")
+        return load_transformer(student, "student")
     torch.manual_seed(tables["loop"].get("seed", 0))
     if start:
-        return _adapt(load_part(LiTTransformer2DModel, Path(start), "student"), options)
+        return _adapt(load_transformer(Path(start), "student"), options)
     model = LiTTransformer2DModel(**options)
     model.initialise()
     if teacher is not None:

@@ -16,13 +16,12 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from litapp.errors import LitappError
-from litapp.models.lit import LiTTransformer2DModel
 from litapp.models.text_encoder import load_text_encoder
 from litapp.training.codec import load_codec
 from litapp.training.diffusion import (
     choose_cross_attention,
     load_latents,
-    load_part,
+    load_transformer,
     save_run,
 )
 from litapp.training.loop import LoopConfig, train
@@ -162,9 +161,7 @@ def main(recipe: Path, output: Path, resume: bool, teacher: Path) -> None:
     loop = from_table(LoopConfig, tables["loop"], "loop")
     samples = from_table(SampleConfig, tables.get("samples", {}), "samples")
     codec = load_codec(Path(tables["autoencoder"]["path"]))
-    mentor, model = (
-        load_part(LiTTransformer2DModel, teacher / "transformer", "teacher") for _ in range(2)
-    )
+    mentor, model = (load_transformer(teacher / "transformer", "teacher") for _ in range(2))
     mentor.eval().requires_grad_(False)
     for network in (mentor, model):
         choose_cross_attention(network)
