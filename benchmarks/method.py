@@ -3,7 +3,8 @@
 ``python benchmarks/method.py heads --latents CACHE --teacher FOLDER --output runs/method
 --steps 1000``. The latents are a cache that ``litapp train-teacher`` made; the teacher is the
 softmax model that was trained on them. Quality is the error on held-out latents (lower is better)
-of the averaged weights; every student is also kept in ``OUTPUT/TABLE/CELL-seedN/model``.
+of the averaged weights; every student is also kept in ``OUTPUT/CELL-seedN/model``, and a cell that
+several tables hold is trained once.
 """
 
 from __future__ import annotations
@@ -23,22 +24,26 @@ from litapp.training.losses import Distillation
 Rows = list[dict]
 
 
-def measure(shop: Workshop, table: str, cells: list[Cell], seeds: int) -> Rows:
+# Cells that several tables hold; one run of each is enough.
+SCRATCH = Cell("scratch", inherits=False)
+INHERITED = Cell("inherited")
+
+
+def measure(shop: Workshop, cells: dict[str, Cell], seeds: int) -> Rows:
     """Mean and spread of the held-out error of each cell over its seeds."""
     rows = []
-    for cell in cells:
-        runs = [shop.run(table, cell, seed) for seed in range(seeds)]
-        losses = [run["loss"] for run in runs]
+    for name, cell in cells.items():
+        losses = [shop.run(cell, seed)["loss"] for seed in range(seeds)]
         spread = statistics.stdev(losses) if seeds > 1 else 0.0
-        rows.append({"cell": cell.name, "error": statistics.mean(losses), "spread": spread})
-        print(f"{table}: {cell.name} done", file=sys.stderr)
+        rows.append({"cell": name, "error": statistics.mean(losses), "spread": spread})
+        print(f"{name}: done", file=sys.stderr)
     return rows
 
 
-def with_latency(shop: Workshop, rows: Rows, cells: list[Cell]) -> Rows:
+def with_latency(shop: Workshop, rows: Rows, cells: dict[str, Cell]) -> Rows:
     """Add milliseconds of one forward pass at the trained size and at 4 times its side."""
     side = shop.teacher.config.sample_size
-    for row, cell in zip(rows, cells):
+    for row, cell in zip(rows, cells.values()):
         for factor in (1, 4):
             seconds = shop.latency(cell.options, side * factor)
             row[f"ms, {side * factor}x{side * factor}"] = 1000 * seconds
@@ -47,23 +52,27 @@ def with_latency(shop: Workshop, rows: Rows, cells: list[Cell]) -> Rows:
 
 def heads(shop: Workshop, arguments: argparse.Namespace) -> Rows:
     """Table 1: heads of the linear attention, from scratch; the last has one channel a head."""
-    width = shop.teacher.inner_dim
+    width, usual = shop.teacher.inner_dim, shop.teacher.config.linear_heads
     counts = [h for h in (1, 2, 4, 8) if width % h == 0] + [width]
-    cells = [Cell(f"{h} heads", {"linear_heads": h}, inherits=False) for h in counts]
-    return with_latency(shop, measure(shop, "heads", cells, arguments.seeds), cells)
+    cells = {
+        str(h): SCRATCH if h == usual else Cell(f"{h} heads", {"linear_heads": h}, inherits=False)
+        for h in counts
+    }
+    return with_latency(shop, measure(shop, cells, arguments.seeds), cells)
 
 
 def attention(shop: Workshop, arguments: argparse.Namespace) -> Rows:
     """Table 2: kinds of self-attention, from scratch."""
-    kinds = ("softmax", "linear", "lit", "focused", "gelu")
-    cells = [Cell(kind, {"attention": kind}, inherits=False) for kind in kinds]
-    return with_latency(shop, measure(shop, "attention", cells, arguments.seeds), cells)
+    cells = {
+        kind: SCRATCH if kind == "lit" else Cell(kind, {"attention": kind}, inherits=False)
+        for kind in ("softmax", "linear", "lit", "focused", "gelu")
+    }
+    return with_latency(shop, measure(shop, cells, arguments.seeds), cells)
 
 
 def inheritance(shop: Workshop, arguments: argparse.Namespace) -> Rows:
     """Table 3: what is inherited, and from a teacher of what age; no distillation."""
     taken = {
-        "all but attention": (),
         "with Q": ("to_q",),
         "with K": ("to_k",),
         "with V": ("to_v",),
@@ -71,44 +80,51 @@ def inheritance(shop: Workshop, arguments: argparse.Namespace) -> Rows:
         "with Q, K, V": ("to_q", "to_k", "to_v"),
         "with Q, K, V, O": ("to_q", "to_k", "to_v", "to_out"),
     }
-    cells = [Cell("none", inherits=False)]
-    cells += [Cell(name, projections=parts) for name, parts in taken.items()]
-    cells += [Cell(f"teacher {path.name}", teacher=path) for path in arguments.older]
-    return measure(shop, "inheritance", cells, arguments.seeds)
+    cells = {"none": SCRATCH, "all but attention": INHERITED}
+    cells |= {name: Cell(name, projections=parts) for name, parts in taken.items()}
+    cells |= {f"teacher {p.name}": Cell(f"teacher {p.name}", teacher=p) for p in arguments.older}
+    return measure(shop, cells, arguments.seeds)
 
 
 def distillation(shop: Workshop, arguments: argparse.Namespace) -> Rows:
     """Table 4: the terms of the distillation, all with inheritance; and a smaller teacher."""
-    both = Distillation(variance_of=arguments.variance_of)
     noise = Distillation(variance=0.0, variance_of=arguments.variance_of)
     variance = Distillation(noise=0.0, variance_of=arguments.variance_of)
-    cells = [
-        Cell("none"),
-        Cell("noise", distils=noise),
-        Cell("variance", distils=variance),
-        Cell("both", distils=both),
-    ]
+    cells = {
+        "none": INHERITED,
+        "noise": Cell("noise", distils=noise),
+        "variance": Cell("variance", distils=variance),
+        "both": distilled(arguments),
+    }
     if arguments.small:
-        cells.append(Cell("both, small", distils=both, inherits=False, teacher=arguments.small))
-    return measure(shop, "distillation", cells, arguments.seeds)
+        both = distilled(arguments).distils
+        cells["both, small"] = Cell("small", distils=both, inherits=False, teacher=arguments.small)
+        cells["both, not inherited"] = Cell("not inherited", distils=both, inherits=False)
+    return measure(shop, cells, arguments.seeds)
+
+
+def distilled(arguments: argparse.Namespace) -> Cell:
+    """LiT with inheritance and both terms of the distillation."""
+    return Cell("distilled", distils=Distillation(variance_of=arguments.variance_of))
 
 
 def steps(shop: Workshop, arguments: argparse.Namespace) -> Rows:
     """Table 5: steps to the error of the teacher and of LiT from scratch, and their ratio."""
-    cells = [
-        Cell("from scratch", inherits=False),
-        Cell("inherited"),
-        Cell("inherited, distilled", distils=Distillation(variance_of=arguments.variance_of)),
-    ]
+    cells = {
+        "from scratch": SCRATCH,
+        "inherited": INHERITED,
+        "inherited, distilled": distilled(arguments),
+    }
     goal = shop.error(shop.teacher)
     rows = []
     for seed in range(arguments.seeds):
-        runs = [shop.run("steps", cell, seed) for cell in cells]
-        for run in runs:
-            reached = first_below(run["curve"], runs[0]["loss"])
+        runs = {name: shop.run(cell, seed) for name, cell in cells.items()}
+        scratch = runs["from scratch"]["loss"]
+        for name, run in runs.items():
+            reached = first_below(run["curve"], scratch)
             rows.append(
                 {
-                    "cell": run["cell"],
+                    "cell": name,
                     "seed": seed,
                     "error": run["loss"],
                     "steps to teacher": first_below(run["curve"], goal),

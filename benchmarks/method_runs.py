@@ -38,6 +38,7 @@ TIMESTEPS = tuple(range(50, 1000, 100))
 class Cell:
     """One row of a table: what the student is, starts from and learns from.
 
+    ``name`` says which it is in every table that holds it.
     ``projections`` are those of the self-attention that are inherited (None: the paper's rule);
     ``inherits`` and ``distils`` are False for a student that starts fresh or learns alone.
     """
@@ -100,9 +101,9 @@ class Workshop:
         except ValueError as error:
             raise LitappError(str(error)) from error
 
-    def run(self, table: str, cell: Cell, seed: int) -> dict:
+    def run(self, cell: Cell, seed: int) -> dict:
         """Train one cell (or read its result) and return its figures."""
-        folder = self.output / table / f"{cell.name}-seed{seed}".replace(" ", "_")
+        folder = self.output / f"{cell.name}-seed{seed}".replace(" ", "_")
         result = folder.with_suffix(".json")
         settings = {**asdict(self.budget), "teacher": str(cell.teacher or self.teacher_path)}
         if result.is_file():

@@ -294,15 +294,25 @@ def _grid(x: Tensor) -> Tensor:
 
 
 def _conv(*layers: nn.Linear) -> nn.Conv2d:
-    """Linear layers of one input as one 1x1 convolution."""
-    weight = torch.cat([layer.weight for layer in layers])
+    """Linear layers of one input as one 1x1 convolution, which shares its weights with them."""
+    weight = _joined([layer.weight for layer in layers])
     conv = nn.Conv2d(
         weight.shape[1], len(weight), 1, bias=layers[0].bias is not None, device="meta"
     )
     conv.weight = _constant(weight[:, :, None, None])
     if layers[0].bias is not None:
-        conv.bias = _constant(torch.cat([layer.bias for layer in layers]))
+        conv.bias = _constant(_joined([layer.bias for layer in layers]))
     return conv
+
+
+def _joined(parts: list[nn.Parameter]) -> Tensor:
+    """The parts in one tensor, of which each becomes a view: a large network is held once."""
+    if len(parts) == 1:
+        return parts[0].detach()
+    joined = torch.cat([part.detach() for part in parts])
+    for part, view in zip(parts, joined.split([len(part) for part in parts])):
+        part.data = view
+    return joined
 
 
 def _output(layer: nn.Linear, patch: int, channels: int) -> nn.Conv2d:

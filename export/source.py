@@ -13,20 +13,26 @@ from typing import Any
 import torch
 import transformers
 from diffusers import AutoencoderDC, AutoencoderKL, ModelMixin
-from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from litapp.concepts import CONCEPTS, read_concepts
 from litapp.errors import LitappError
+from litapp.export.checkpoints import (
+    check_finite,
+    find_folders,
+    kind_of,
+    load_encoder,
+    load_network,
+)
 from litapp.export.footprint import cell_bytes, halo
 from litapp.export.report import quiet
 from litapp.manifest import COMPONENTS, ENCODER, SCHEDULER, TOKENIZER, read_json
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.dit import LiTDiTTransformer2DModel
 from litapp.models.lit import LiTTransformer2DModel
-from litapp.models.text_encoder import MAX_LENGTH, TextEncoder, load_text_encoder, weights_folder
+from litapp.models.text_encoder import MAX_LENGTH, TextEncoder, load_text_encoder
 from litapp.samplers import SAMPLERS, NoiseSchedule
 
 if sys.version_info >= (3, 11):
@@ -38,26 +44,6 @@ __all__ = ["ABOUT", "T5_LENGTH", "Source", "load_source", "open_source"]
 
 ABOUT = "model.toml"
 README = "README.md"
-# Where a component's checkpoint may stand: our own name, then that of diffusers.
-FOLDERS = {
-    "text_encoder": ("text_encoder",),
-    "transformer": ("transformer",),
-    "vae_decoder": ("autoencoder", "vae"),
-    ENCODER: ("autoencoder", "vae"),
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "text_encoder": {
-        "BertModel": transformers.BertModel,
-        "T5EncoderModel": transformers.T5EncoderModel,
-    },
-    "transformer": {
-        kind.__name__: kind for kind in (LiTTransformer2DModel, LiTDiTTransformer2DModel)
-    },
-    "vae_decoder": {
-        kind.__name__: kind for kind in (SceneAutoencoder, AutoencoderKL, AutoencoderDC)
-    },
-}
-KINDS[ENCODER] = KINDS["vae_decoder"]
 # PixArt-Sigma reads this many tokens of T5 (arXiv 2403.04692, section 3.1).
 T5_LENGTH = 300
 
@@ -94,11 +80,11 @@ class Source:
 
     @cached_property
     def transformer(self) -> LiTTransformer2DModel | LiTDiTTransformer2DModel:
-        return _load_network("transformer", self.folders["transformer"])
+        return load_network("transformer", self.folders["transformer"])
 
     @cached_property
     def autoencoder(self) -> SceneAutoencoder | AutoencoderKL | AutoencoderDC:
-        return _load_network("vae_decoder", self.folders["vae_decoder"])
+        return load_network("vae_decoder", self.folders["vae_decoder"])
 
     @cached_property
     def text_encoder(self) -> nn.Module:
@@ -106,7 +92,7 @@ class Source:
         if self.folders["text_encoder"] != self.root / "text_encoder":
             with quiet():  # transformers tells at length which weights we leave out
                 return load_text_encoder()[1].float().eval()
-        network = _load_text_encoder(self.folders["text_encoder"])
+        network = load_encoder(self.folders["text_encoder"])
         return TextEncoder(network) if isinstance(network, transformers.BertModel) else network
 
     @cached_property
@@ -123,7 +109,7 @@ class Source:
         """The configuration of a component, with what its ``config.json`` leaves to defaults."""
         folder = self.folders[component]
         raw = read_json(folder / "config.json")
-        kind = _kind(component, folder)
+        kind = kind_of(component, folder)
         if not issubclass(kind, ModelMixin):
             return kind.config_class.from_dict(raw).to_dict()
         parameters = signature(kind.__init__).parameters.values()
@@ -189,7 +175,7 @@ class Source:
         config = read_json(folder / "config.json")
         # Sizes need no weights: those of a large transformer stay on disk.
         with FakeTensorMode():
-            transformer = _kind("transformer", folder).from_config(config)
+            transformer = kind_of("transformer", folder).from_config(config)
             lit = transformer.config
             side, pooled = 4 * lit.patch_size, lit.pooled_projection_dim
             latents = torch.zeros(1, lit.in_channels, side, side)
@@ -231,11 +217,11 @@ def load_source(root: Path) -> Source:
     """
     source = open_source(root)
     for component, folder in source.folders.items():
-        _kind(component, folder)
+        kind_of(component, folder)
     if source.whole and (reason := _misfit(source)):
         raise LitappError(f"{root} cannot be exported: {reason}")
     for folder in dict.fromkeys(source.folders.values()):
-        _check_finite(folder)
+        check_finite(folder)
     return source
 
 
@@ -249,45 +235,12 @@ def open_source(root: Path) -> Source:
         NoiseSchedule.from_config(scheduler)
     return Source(
         root=root,
-        folders=_folders(root, bool(about)),
+        folders=find_folders(root, bool(about)),
         about=about,
         scheduler=scheduler,
         readme=_readme(root, about),
         concepts=_concepts(root),
     )
-
-
-def _folders(root: Path, whole: bool) -> dict[str, Path]:
-    found = {}
-    for component, names in FOLDERS.items():
-        places = [root / name for name in names if (root / name / "config.json").is_file()]
-        if places:
-            found[component] = places[0]
-        elif component == "text_encoder" and whole:
-            try:
-                found[component] = weights_folder()
-            except FileNotFoundError as error:
-                raise LitappError(str(error)) from error
-        elif whole:
-            raise LitappError(f"{root / names[0]} is not a checkpoint: it has no config.json")
-    if not found:
-        places = ", ".join(dict.fromkeys(names[-1] for names in FOLDERS.values()))
-        raise LitappError(f"{root} holds no model: it has none of the folders {places}")
-    return found
-
-
-def _kind(component: str, folder: Path) -> Any:
-    config = read_json(folder / "config.json")
-    name = config.get("_class_name") or (config.get("architectures") or ["nothing"])[0]
-    if component == "text_encoder" and name not in KINDS[component]:
-        # A checkpoint of BERT may name the head that it was trained with.
-        name = {"bert": "BertModel", "t5": "T5EncoderModel"}.get(config.get("model_type"), name)
-    if name not in KINDS[component]:
-        raise LitappError(
-            f"{folder / 'config.json'} names {name}, which cannot be exported; a {component} is"
-            f" one of {', '.join(KINDS[component])}"
-        )
-    return KINDS[component][name]
 
 
 def _load_about(path: Path) -> dict[str, Any]:
@@ -332,57 +285,9 @@ def _concepts(root: Path) -> Path | None:
     return path
 
 
-def _check_finite(folder: Path) -> None:
-    """Look at the weights one by one."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise LitappError(f"{folder} is not a checkpoint: it has no .safetensors file")
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118 (not a dictionary)
-                    weight = weights.get_tensor(name)
-                    if weight.is_floating_point() and not torch.isfinite(weight).all():
-                        raise LitappError(f"{folder} holds NaN or infinite values, first in {name}")
-        except LitappError:
-            raise
-        except Exception as error:  # safetensors' own
-            raise LitappError(f"cannot load {path}: {str(error)[:300]}") from error
-
-
-def _load_network(component: str, folder: Path) -> Any:
-    return _loaded(
-        folder,
-        _kind(component, folder).from_pretrained,
-        use_safetensors=True,
-        torch_dtype=torch.float32,
-    )
-
-
-def _load_text_encoder(folder: Path) -> Any:
-    kind = _kind("text_encoder", folder)
-    options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32}
-    if kind is transformers.BertModel:
-        options |= {"add_pooling_layer": False, "attn_implementation": "sdpa"}
-    return _loaded(folder, kind.from_pretrained, **options)
-
-
-def _loaded(folder: Path, load: Any, **options: Any) -> Any:
-    try:
-        with quiet():
-            network, info = load(folder, local_files_only=True, output_loading_info=True, **options)
-    except Exception as error:  # the loaders' exceptions share no base class
-        raise LitappError(f"cannot load {folder}: {str(error)[:300]}") from error
-    # The libraries only warn, and fill what is missing with random numbers.
-    extra = [key for key in info["unexpected_keys"] if not key.startswith(("pooler.", "decoder."))]
-    if wrong := [*info["missing_keys"], *extra]:
-        raise LitappError(f"{folder} does not match its config.json: {', '.join(wrong[:3])}")
-    return network.float().eval()
-
-
 def _misfit(source: Source) -> str | None:
     """Why the parts cannot be one bundle, if so."""
-    if _kind("transformer", source.folders["transformer"]) is LiTDiTTransformer2DModel:
+    if kind_of("transformer", source.folders["transformer"]) is LiTDiTTransformer2DModel:
         return f"it draws classes, not texts: take {ABOUT} away to export its parts"
     lit, latents = source.config("transformer"), source.config("vae_decoder")
     text = source.config("text_encoder")

@@ -29,7 +29,8 @@ from litapp.export.coreml_networks import coreml_network, named_sizes
 from litapp.export.coreml_parity import psnr
 from litapp.export.graphs import Graph
 from litapp.export.graphs import graph as graph_of
-from litapp.export.mil import OPERATIONS, MilProgram
+from litapp.export.mil import MilProgram
+from litapp.export.mil_operations import OPERATIONS
 from litapp.export.report import quiet
 from litapp.models.dit import LiTDiTTransformer2DModel
 from litapp.models.lit import LiTTransformer2DModel

@@ -32,7 +32,7 @@ def workshop(tmp_path: Path) -> list[str]:
     save_file(tensors, cache / "shard-00000.safetensors")
     teacher = LiTDiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=4,
-        num_embeds_ada_norm=2, attention="softmax",
+        num_embeds_ada_norm=2, attention="softmax", linear_heads=2,
     )  # fmt: skip
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -59,7 +59,7 @@ def test_finished_runs_are_not_done_again_and_other_budgets_are_refused(
     command = ["distillation", *workshop, "--seeds", "2"]
     method.main(command)
     first = capsys.readouterr().out
-    output = Path(workshop[workshop.index("--output") + 1]) / "distillation"
+    output = Path(workshop[workshop.index("--output") + 1])
     times = {path: path.stat().st_mtime_ns for path in output.glob("*.json")}
     assert len(times) == 8
     method.main(command)
@@ -67,6 +67,32 @@ def test_finished_runs_are_not_done_again_and_other_budgets_are_refused(
     assert times == {path: path.stat().st_mtime_ns for path in output.glob("*.json")}
     with pytest.raises(SystemExit, match="other settings"):
         method.main([*command, "--learning-rate", "0.5"])
+
+
+def test_a_cell_that_two_tables_hold_is_trained_once(method, workshop, capsys) -> None:
+    method.main(["heads", *workshop, "--seeds", "1", "--json"])
+    heads = json.loads(capsys.readouterr().out)["rows"]
+    output = Path(workshop[workshop.index("--output") + 1])
+    shared = (output / "scratch-seed0.json").stat().st_mtime_ns
+    method.main(["attention", *workshop, "--seeds", "1", "--json"])
+    rows = {row["cell"]: row["error"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert (output / "scratch-seed0.json").stat().st_mtime_ns == shared
+    assert rows["lit"] == next(row["error"] for row in heads if row["cell"] == "2")
+
+
+def test_a_small_teacher_is_compared_with_a_large_one_that_is_not_inherited_either(
+    method, workshop, tmp_path, capsys
+) -> None:
+    torch.manual_seed(1)
+    small = LiTDiTTransformer2DModel(
+        num_attention_heads=1, attention_head_dim=8, num_layers=1, sample_size=4,
+        num_embeds_ada_norm=2, attention="softmax",
+    )  # fmt: skip
+    small.save_pretrained(tmp_path / "small")
+    command = ["distillation", *workshop, "--small", str(tmp_path / "small"), "--seeds", "1"]
+    method.main([*command, "--json"])
+    rows = {row["cell"]: row["error"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["both, small"] != rows["both, not inherited"] != rows["both"]
 
 
 def test_steps_are_read_from_the_curve(method) -> None:
