@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import io
 import logging
@@ -11,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from PIL import Image
@@ -19,61 +18,28 @@ from PIL import Image
 from litapp.errors import EXIT_USAGE, Cancelled, LitappError
 from litapp.history import History
 from litapp.images import load_picture
+from litapp.jobs import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    KEPT_JOBS,
+    MAX_COUNT,
+    MAX_QUEUE,
+    QUEUED,
+    RUNNING,
+    Job,
+    QueueFull,
+    check_png,
+    decode_png,
+)
 from litapp.memory import give_back, keep_heaps_small
 from litapp.pipeline import TextToImage
-from litapp.request import MAX_SEED, MIN_SIDE, Request
+from litapp.request import MAX_SEED, MIN_SIDE
 from litapp.samplers import Step
 
-__all__ = ["MAX_COUNT", "MAX_QUEUE", "Job", "QueueFull", "Worker"]
-
-MAX_COUNT = 64
-MAX_GIVEN_PIXELS = 1 << 26
-MAX_QUEUE = 256
-KEPT_JOBS = 256
-
-QUEUED, RUNNING, DONE, CANCELLED, FAILED = "queued", "running", "done", "cancelled", "failed"
+__all__ = ["Worker"]
 
 _log = logging.getLogger(__name__)
-
-
-class QueueFull(LitappError):
-    """``MAX_QUEUE`` jobs wait already."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A snapshot of one job.
-
-    Attributes:
-        id: 16 hexadecimal digits.
-        request: the first picture; the seeds of the others count up from its seed.
-        count: pictures to draw.
-        init: history id of the picture they start from; empty for none, or for one that was given.
-        state: ``queued``, ``running``, ``done``, ``cancelled`` or ``failed``.
-        step: finished steps of the picture being drawn, of ``request.steps``.
-        eta: seconds until the job is done, None while that is not known.
-        preparing: the network that is being prepared for this computer, which Core ML does the
-            first time; empty while none is.
-        preview: WebP of the picture being drawn, None where there is none yet.
-        pictures: history ids of the finished pictures.
-        error: why it failed, in one line.
-    """
-
-    id: str
-    request: Request
-    count: int = 1
-    init: str = ""
-    state: str = QUEUED
-    step: int = 0
-    eta: float | None = None
-    preparing: str = ""
-    preview: bytes | None = None
-    pictures: tuple[str, ...] = ()
-    error: str = ""
-
-    @property
-    def finished(self) -> bool:
-        return self.state in (DONE, CANCELLED, FAILED)
 
 
 class Worker:
@@ -139,7 +105,7 @@ class Worker:
         request = self.model.request(prompt, seed=seed, strength=strength, **options)
         if init is not None and self.history.get(init) is None:
             raise LitappError(f"there is no picture {init} to start from", EXIT_USAGE)
-        given = None if init_image is None else _png(init_image)
+        given = None if init_image is None else check_png(init_image)
         if seed + count - 1 > MAX_SEED:
             raise LitappError(f"seed must be from 0 to {MAX_SEED - count + 1}", EXIT_USAGE)
         job = Job(secrets.token_hex(8), request, count, init or "")
@@ -273,7 +239,7 @@ class Worker:
         }
         given = self._given.get(job.id)
         if job.init or given:
-            picture = _decoded(given) if given else self._picture(job.init)
+            picture = decode_png(given) if given else self._picture(job.init)
             options |= {"init": picture, "strength": request.strength}
         for i in range(job.count):
             start = time.perf_counter()
@@ -345,17 +311,3 @@ class Worker:
         finished = [key for key, job in self._jobs.items() if job.finished]
         for key in finished[: max(0, len(finished) - KEPT_JOBS)]:
             del self._jobs[key]
-
-
-def _png(text: str) -> bytes:
-    """The bytes of a PNG in base64, which can be read; raises LitappError."""
-    try:
-        content = base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise LitappError(f"init_image is not base64: {error}", EXIT_USAGE) from error
-    _decoded(content)
-    return content
-
-
-def _decoded(content: bytes) -> Image.Image:
-    return load_picture(io.BytesIO(content), ["PNG"], MAX_GIVEN_PIXELS)

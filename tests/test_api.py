@@ -19,10 +19,11 @@ from fastapi.testclient import TestClient
 
 from litapp import TextToImage
 from litapp.history import History
+from litapp.jobs import MAX_QUEUE
 from litapp.png import encode_png
 from litapp.request import MAX_GIVEN
 from litapp.server import create_app
-from litapp.worker import MAX_QUEUE, Worker
+from litapp.worker import Worker
 
 SMALL = {"width": 64, "height": 64}
 LONG = {"prompt": "a cat", **SMALL, "steps": 1000, "count": 60}

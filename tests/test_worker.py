@@ -16,7 +16,8 @@ from PIL import Image
 from litapp import LitappError, TextToImage
 from litapp.engines import open_network
 from litapp.history import History
-from litapp.worker import MAX_QUEUE, Job, QueueFull, Worker
+from litapp.jobs import MAX_QUEUE, Job, QueueFull
+from litapp.worker import Worker
 
 SMALL = {"width": 64, "height": 64}
 LONG = {**SMALL, "steps": 1000, "count": 60}

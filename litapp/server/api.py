@@ -17,11 +17,12 @@ from litapp import __version__
 from litapp.errors import LitappError
 from litapp.history import Entry
 from litapp.images import read_parameters
+from litapp.jobs import QueueFull
 from litapp.manifest import ENCODER
 from litapp.server.guard import GENERATE_PATH, READ_PATH, LoopbackOnly
 from litapp.server.reference import reference_page
 from litapp.server.schemas import Generate, Jobs, JobState, Model, Picture, Pictures, Problem
-from litapp.worker import QueueFull, Worker
+from litapp.worker import Worker
 
 __all__ = ["create_app"]
 

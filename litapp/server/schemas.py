@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from litapp.history import Entry
+from litapp.jobs import MAX_COUNT, Job
 from litapp.request import (
     MAX_GIVEN,
     MAX_GUIDANCE,
@@ -17,7 +18,6 @@ from litapp.request import (
     MAX_STEPS,
     MIN_SIDE,
 )
-from litapp.worker import MAX_COUNT, Job
 
 __all__ = ["Generate", "JobState", "Jobs", "Model", "Picture", "Pictures", "Problem"]
 
