@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from litapp.errors import LitappError
@@ -16,7 +17,7 @@ from litapp.models.autoencoder import SceneAutoencoder
 from litapp.training.autoencoder import measure_latents, psnr, reconstruction_loss
 from litapp.training.codec import SceneCodec
 from litapp.training.data.art import SpriteStore
-from litapp.training.data.folder import read_folder
+from litapp.training.data.folder import list_folder
 from litapp.training.data.scenes import Mix
 from litapp.training.latents import LatentData, build_folder_cache
 
@@ -111,6 +112,32 @@ def test_own_pictures_become_latents_with_their_captions(
     assert batch["encoder_attention_mask"].sum(1).tolist() == [4] * 5
 
 
+def test_own_pictures_are_encoded_once_and_anew_when_they_change(
+    autoencoder: SceneAutoencoder, tmp_path: Path
+) -> None:
+    def captions(cache: Path) -> list[str]:
+        with safe_open(cache / "shard-00000.safetensors", "pt") as file:
+            return json.loads(file.metadata()["captions"])
+
+    pictures = picture_folder(tmp_path)
+    codec, cache = SceneCodec(autoencoder), tmp_path / "cache"
+
+    def build() -> int:
+        build_folder_cache(pictures, cache, codec, 64)
+        return (cache / "shard-00000.safetensors").stat().st_mtime_ns
+
+    first = build()
+    assert build() == first
+    rows = [json.loads(row) for row in (pictures / "metadata.jsonl").read_text().splitlines()]
+    rows[1]["text"] = "another caption"
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    second = build()
+    assert second != first
+    assert captions(cache)[1] == "another caption"
+    Image.new("RGBA", (20, 10), (0, 255, 0, 255)).save(pictures / "2.png")
+    assert build() != second
+
+
 def test_batches_are_a_function_of_the_step(autoencoder: SceneAutoencoder, tmp_path: Path) -> None:
     cache = own_pictures(autoencoder, tmp_path)
     data = LatentData([cache], WordTokenizer(), count_encoder, text_length=6)
@@ -144,10 +171,11 @@ def test_pictures_of_a_heavier_cache_are_taken_more_often(tmp_path: Path) -> Non
 
 
 def test_pictures_are_cropped_square_and_premultiplied(tmp_path: Path) -> None:
-    picture, caption = next(read_folder(picture_folder(tmp_path), 16))
+    first = list_folder(picture_folder(tmp_path))[0]
+    picture = first.read(16)
     assert picture.shape == (16, 16, 4)
     assert picture[8, 8].tolist() == [128, 0, 0, 128]
-    assert caption == "picture 0"
+    assert first.caption == "picture 0"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +191,7 @@ def test_a_broken_picture_folder_is_one_clear_line(tmp_path: Path, break_it, mes
     folder = picture_folder(tmp_path)
     break_it(folder)
     with pytest.raises(LitappError, match=message):
-        list(read_folder(folder, 16))
+        [picture.read(16) for picture in list_folder(folder)]
 
 
 def test_an_empty_cache_is_one_clear_line(tmp_path: Path) -> None:

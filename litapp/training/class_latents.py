@@ -6,8 +6,6 @@ and labels, built shard by shard: an interrupted build goes on where it stopped.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,16 +18,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from litapp.errors import LitappError
+from litapp.training.cache import digest, open_cache, read_index
 from litapp.training.codec import KLCodec, SceneCodec
 from litapp.training.data.classes import LabelledPictures, Picture, read_square
 
+INDEX = "index.json"
 SHARD = 128
 ENCODE_AT_ONCE = 8
 
 
 def is_cache(folder: Path) -> bool:
     """Whether ``folder`` is a cache of latents rather than one of pictures."""
-    return (folder / "index.json").is_file()
+    return (folder / INDEX).is_file()
 
 
 def build_class_cache(
@@ -40,14 +40,9 @@ def build_class_cache(
     A cache that was made of other pictures, of another size or with another autoencoder is made
     anew.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    index = {"classes": list(data.classes), "source": _digest(data, codec, size, flip)}
-    if _read_index(folder) != index:
-        for shard in folder.glob("shard-*.safetensors"):
-            shard.unlink()
-        partial = folder / "index.partial"
-        partial.write_text(json.dumps(index))
-        partial.replace(folder / "index.json")
+    files = [(picture.path, (picture.offset, picture.label)) for picture in data.pictures]
+    source = digest(files, codec.network, size, flip)
+    open_cache(folder, INDEX, {"classes": list(data.classes), "source": source})
     for number in _track(-(-len(data.pictures) // SHARD)):
         path = folder / f"shard-{number:05d}.safetensors"
         if path.exists():
@@ -85,25 +80,6 @@ def _encode(
     return torch.cat(parts).half().contiguous()
 
 
-def _digest(data: LabelledPictures, codec: SceneCodec | KLCodec, size: int, flip: bool) -> str:
-    """Changes with the pictures' names, sizes and times, the autoencoder and the options."""
-    digest = hashlib.sha256(f"{size} {flip}".encode())
-    for picture in data.pictures:
-        state = picture.path.stat()
-        place = f"{picture.path.name} {picture.offset} {picture.label}"
-        digest.update(f"{place} {state.st_size} {state.st_mtime_ns}".encode())
-    for name, value in codec.network.state_dict().items():
-        digest.update(f"{name} {value.double().sum():.9e}".encode())
-    return digest.hexdigest()
-
-
-def _read_index(folder: Path) -> dict | None:
-    try:
-        return json.loads((folder / "index.json").read_text())
-    except (OSError, ValueError):
-        return None
-
-
 class ClassLatents:
     """All shards of a cache in memory.
 
@@ -115,7 +91,7 @@ class ClassLatents:
     """
 
     def __init__(self, folder: Path) -> None:
-        index = _read_index(folder)
+        index = read_index(folder, INDEX)
         try:
             self.classes: list[str] = list(index["classes"])
             shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]

@@ -34,8 +34,7 @@ class SceneCodec:
 
     def encode(self, pictures: np.ndarray, _: torch.Generator) -> Tensor:
         """(B, s, s, 4) uint8 premultiplied RGBA to (B, C, h, w) latents."""
-        batch = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-        return self.network.normalise(self.network.encode(batch))
+        return encode_pictures(self.network, list(pictures))
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) latents to (B, 4, H, W) premultiplied RGBA in about [0, 1]."""

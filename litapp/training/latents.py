@@ -23,10 +23,11 @@ from torch import Tensor
 from litapp.errors import LitappError
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.text_encoder import TextEncoder, encode_texts
+from litapp.training.cache import digest, open_cache
 from litapp.training.codec import KLCodec, SceneCodec, encode_pictures
 from litapp.training.compose import Composer
 from litapp.training.data.art import SpriteStore, load_concepts
-from litapp.training.data.folder import read_folder
+from litapp.training.data.folder import list_folder
 from litapp.training.data.scenes import Mix, Scene, render, sample_scene
 from litapp.training.recipe import from_table
 
@@ -126,19 +127,25 @@ def _shard_path(folder: Path, shard: int) -> Path:
 
 @torch.no_grad()
 def build_folder_cache(data: Path, folder: Path, codec: SceneCodec | KLCodec, size: int) -> Path:
-    """Encode a user's own pictures (imagefolder with ``metadata.jsonl``), cropped square."""
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    pending: tuple[list[Tensor], list[str]] = ([], [])
-    shard = 0
-    for picture, caption in read_folder(data, size):
-        pending[0].append(codec.encode(picture[None], generator)[0])
-        pending[1].append(caption)
-        if len(pending[0]) == SHARD:
-            _save_shard(_shard_path(folder, shard), *pending)
-            pending, shard = ([], []), shard + 1
-    if pending[0]:
-        _save_shard(_shard_path(folder, shard), *pending)
+    """Encode a user's own pictures (imagefolder with ``metadata.jsonl``), cropped square.
+
+    A cache that was made of other pictures or captions, of another size or with another
+    autoencoder is made anew.
+
+    Raises:
+        LitappError: the listing or a picture cannot be read.
+    """
+    pictures = list_folder(data)
+    files = [(picture.path, picture.caption) for picture in pictures]
+    open_cache(folder, "source.json", {"source": digest(files, codec.network, size)})
+    for shard in track(range(-(-len(pictures) // SHARD)), f"latents {folder.name}"):
+        path = _shard_path(folder, shard)
+        if path.exists():
+            continue
+        chosen = pictures[shard * SHARD : (shard + 1) * SHARD]
+        generator = torch.Generator().manual_seed(shard)
+        latents = [codec.encode(picture.read(size)[None], generator)[0] for picture in chosen]
+        _save_shard(path, latents, [picture.caption for picture in chosen])
     return folder
 
 
