@@ -5,7 +5,6 @@ Without a Mac the packages run in :mod:`litapp.export.mil`.
 
 from __future__ import annotations
 
-import gc
 import math
 import shutil
 import time
@@ -40,6 +39,7 @@ from litapp.export.parity import PROMPTS
 from litapp.export.source import open_source
 from litapp.export.staging import COMPANIONS
 from litapp.manifest import COMPONENTS, ENCODER, SCHEMA_VERSION, parse_manifest, read_json
+from litapp.memory import give_back
 from litapp.pipeline import TextToImage
 
 __all__ = ["PACKAGE", "STEPS", "Job", "compressions", "psnr", "weights_of"]
@@ -159,21 +159,15 @@ def _convert(job: Job, name: str) -> dict[str, Any]:
     Raises:
         LitappError: it cannot be converted.
     """
-    graph = graph_of(open_source(job.model), name)
-    network = coreml_network(graph, name, job.sizes, job.reduction, job.length)
-    calls = _load_calls(job.calls, name, graph) or _random_calls(graph, network)
+    outputs, calls, weights = _reference(job, name)
     work = job.staging / name
     shutil.rmtree(work)  # of a run that was interrupted here
     work.mkdir()
-    weights = weights_of(graph, name)
     precision = FP32 if job.precision == FP32 else FP16
-    measure = partial(_measured, name, work, graph.outputs, calls)
-    rows = [measure(precision, partial(convert, network, precision=precision))]
+    measure = partial(_measured, name, work, outputs, calls)
+    rows = [measure(precision, partial(_program, job, name, precision))]
     if precision == FP16 and not rows[0]["psnr"] >= FP16_ENOUGH:
-        rows.append(measure(FP32, partial(convert, network, precision=FP32)))
-    # Torch's weights are as large as all that follows, and are not needed any more.
-    del graph, network
-    gc.collect()
+        rows.append(measure(FP32, partial(_program, job, name, FP32)))
     kept = rows[-1]
     if job.precision not in (FP16, FP32):
         kept = _compressed(work, kept, weights, measure, rows)
@@ -182,6 +176,23 @@ def _convert(job: Job, name: str) -> dict[str, Any]:
     for row in rows:
         shutil.rmtree(work / f"{row['precision']}.mlpackage", ignore_errors=True)
     return {"rows": rows, "fp32_bytes": 4 * weights}
+
+
+def _reference(job: Job, name: str) -> tuple[Sequence[str], list[tuple[Arrays, Answers]], int]:
+    """The names of a component's outputs, calls with torch's answers, and its number of weights."""
+    graph = graph_of(open_source(job.model), name)
+    calls = _load_calls(job.calls, name, graph)
+    if not calls:
+        network = coreml_network(graph, name, job.sizes, job.reduction, job.length)
+        calls = _random_calls(graph, network)
+    return graph.outputs, calls, weights_of(graph, name)
+
+
+def _program(job: Job, name: str, precision: str, package: Path) -> None:
+    """Convert a component; torch's weights, as large as all that follows, are let go at the end."""
+    graph = graph_of(open_source(job.model), name)
+    network = coreml_network(graph, name, job.sizes, job.reduction, job.length)
+    convert(network, package, precision)
 
 
 def weights_of(graph: Graph, component: str) -> int:
@@ -235,7 +246,7 @@ def _measured(
     package = work / f"{precision}.mlpackage"
     make(package)
     seconds = time.perf_counter() - start
-    gc.collect()  # what coremltools leaves behind would add to the interpreter's memory
+    give_back()  # what coremltools leaves behind would add to the interpreter's memory
     run = CoreMLNetwork(package, "cpu", outputs, program=MilProgram(package))
     answers = [(run(**inputs), wanted) for inputs, wanted in calls]
     values, errors = [], []

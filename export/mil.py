@@ -161,7 +161,7 @@ class MilProgram:
         mark, _, size, offset = BLOB.unpack(file[start : start + BLOB.size].tobytes())
         if mark != BLOB_MARK or offset + size > len(file):
             raise ValueError(f"the weight file has no array at {start}")
-        return _tensor(np.frombuffer(file[offset : offset + size].tobytes(), NUMPY[kind]), kind)
+        return _tensor(file[offset : offset + size].view(NUMPY[kind]), kind)
 
 
 def _shape(kind: Any) -> tuple[int, ...]:
