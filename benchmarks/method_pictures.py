@@ -17,11 +17,7 @@ from litapp.training.data.scenes import Mix, render, sample_scene
 
 CLASSES, PICTURES, SIDE = 64, 32, 256
 ART = Path("runs/art")
-MIX = Mix(
-    backgrounds={"white": 1.0, "solid": 2.0},
-    jitter=0.04,
-    size=(0.7, 0.9),
-)
+MIX = Mix(backgrounds={"white": 1.0, "solid": 2.0}, jitter=0.04, size=(0.7, 0.9))
 
 
 def main(folder: Path) -> None:

@@ -105,7 +105,7 @@ class Workshop:
         """Train one cell (or read its result) and return its figures."""
         folder = self.output / f"{cell.name}-seed{seed}".replace(" ", "_")
         result = folder.with_suffix(".json")
-        settings = {**asdict(self.budget), "teacher": str(cell.teacher or self.teacher_path)}
+        settings = {**asdict(self.budget), "teacher": str(self.teacher_path), "cell": repr(cell)}
         if result.is_file():
             done = json.loads(result.read_text())
             if done["settings"] != settings:

@@ -17,7 +17,6 @@ __all__ = ["MAX_COUNT", "MAX_QUEUE", "Job", "QueueFull", "check_png", "decode_pn
 MAX_COUNT = 64
 MAX_GIVEN_PIXELS = 1 << 26
 MAX_QUEUE = 256
-KEPT_JOBS = 256
 
 QUEUED, RUNNING, DONE, CANCELLED, FAILED = "queued", "running", "done", "cancelled", "failed"
 

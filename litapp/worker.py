@@ -22,7 +22,6 @@ from litapp.jobs import (
     CANCELLED,
     DONE,
     FAILED,
-    KEPT_JOBS,
     MAX_COUNT,
     MAX_QUEUE,
     QUEUED,
@@ -38,6 +37,8 @@ from litapp.request import MAX_SEED, MIN_SIDE
 from litapp.samplers import Step
 
 __all__ = ["Worker"]
+
+KEPT_JOBS = 256
 
 _log = logging.getLogger(__name__)
 

@@ -174,6 +174,18 @@ def test_channels_first_computes_what_the_module_computes(changes: dict[str, Any
     assert (found - wanted).norm() < 1e-6 * wanted.norm()
 
 
+def test_channels_first_shares_its_weights_with_the_module() -> None:
+    network = lit()
+    key = network.transformer_blocks[0].attn1.to_k.weight
+    before = key.detach().clone()
+    first = ChannelsFirstLiT(network, tokens=24)
+    joined = first.blocks[0].attention.qkv.weight
+    assert key.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
+    assert torch.equal(key, before)
+    mlp = network.transformer_blocks[0].ff.net[2].weight
+    assert mlp.data_ptr() == first.blocks[0].mlp[2].weight.data_ptr()
+
+
 def coreml_network_of(
     graph: Graph, sizes: tuple[tuple[int, int], ...] = ((64, 64), (96, 64))
 ) -> Network:

@@ -67,6 +67,8 @@ def test_finished_runs_are_not_done_again_and_other_budgets_are_refused(
     assert times == {path: path.stat().st_mtime_ns for path in output.glob("*.json")}
     with pytest.raises(SystemExit, match="other settings"):
         method.main([*command, "--learning-rate", "0.5"])
+    with pytest.raises(SystemExit, match="other settings"):
+        method.main([*command, "--variance-of", "sigma"])
 
 
 def test_a_cell_that_two_tables_hold_is_trained_once(method, workshop, capsys) -> None:
