@@ -37,7 +37,7 @@ pytestmark = [
 # A server that was stopped, a file that is no picture; and a note of Gradio's own.
 EXPECTED = re.compile(r"ERR_|422 \(Unprocessable")
 LENGTHY = f"a penguin in the snow{', drawn with much care' * 14}"
-SLOW = {"prompt": "a robot on a yellow background", "steps": 1000, "count": 4}
+SLOW = {"prompt": "a robot on a yellow background", "steps": 1000}
 
 
 @dataclass
