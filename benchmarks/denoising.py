@@ -18,7 +18,8 @@ from torch import Tensor
 
 from litapp.models.lit import LiTTransformer2DModel
 from litapp.models.text_encoder import encode_texts, load_text_encoder
-from litapp.training.latents import CacheConfig, load_shard, shard_scenes
+from litapp.training.codec import load_codec
+from litapp.training.latents import CacheConfig, fold_cache, load_shard, shard_scenes
 from litapp.training.losses import Diffusion
 from litapp.training.recipe import from_table, load_recipe
 
@@ -58,9 +59,12 @@ def main() -> None:
     model = LiTTransformer2DModel.from_pretrained(arguments.model / "transformer").float().eval()
     diffusion = Diffusion(DDPMScheduler.from_pretrained(arguments.model / "scheduler"))
     table = Table("cache", *(f"t = {t}" for t in TIMESTEPS))
-    for row in load_recipe(arguments.recipe, "data")["data"]:
+    tables = load_recipe(arguments.recipe, "autoencoder", "data")
+    autoencoder = load_codec(Path(tables["autoencoder"]["path"])).network
+    for row in tables["data"]:
         cache = from_table(CacheConfig, row, "data")
-        latents = load_shard(Path(cache.folder), 0)[: arguments.pictures].float()
+        folder = fold_cache(Path(cache.folder), autoencoder)
+        latents = load_shard(folder, 0)[: arguments.pictures].float()
         scenes = shard_scenes(cache, 0)[1][: arguments.pictures]
         text = encode_texts(*load_text_encoder(), [scene.caption for scene in scenes], 32)
         shares = errors(model, diffusion, latents, text)

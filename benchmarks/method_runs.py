@@ -223,12 +223,13 @@ def hold_out(data: ClassLatents | LatentData) -> Iterator[dict[str, Tensor]]:
         for latents, labels in list(pairs)[: HELD_OUT_MOST // 64]:
             yield {"latents": latents.float(), "class_labels": labels}
         return
-    for group in range(len(data.latents)):
-        held = torch.zeros(len(data.latents[group]), dtype=torch.bool)
+    pool = data.pool
+    for group in range(len(pool.latents)):
+        held = torch.zeros(len(pool.latents[group]), dtype=torch.bool)
         held[::HELD_OUT_EVERY] = True
-        latents, rows = data.latents[group][held], data.rows[group][held]
-        data.latents[group] = data.latents[group][~held]
-        data.rows[group] = data.rows[group][~held]
+        latents, rows = pool.latents[group][held], data.rows[group][held]
+        for part in (pool.latents, pool.weights, data.rows):
+            part[group] = part[group][~held]
         pairs = zip(latents.split(64), rows.split(64))
         for part, chosen in list(pairs)[: HELD_OUT_MOST // 64]:
             yield {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +30,7 @@ from litapp.export.checkpoints import (
 from litapp.export.footprint import cell_bytes, halo
 from litapp.export.report import quiet
 from litapp.manifest import COMPONENTS, ENCODER, SCHEDULER, TOKENIZER, read_json
-from litapp.models.autoencoder import SceneAutoencoder
+from litapp.models.autoencoder import SceneAutoencoder, reduction
 from litapp.models.dit import LiTDiTTransformer2DModel
 from litapp.models.lit import LiTTransformer2DModel
 from litapp.models.text_encoder import MAX_LENGTH, TextEncoder, load_text_encoder
@@ -124,7 +125,7 @@ class Source:
         """Pixels per latent along one side."""
         config = self.config("vae_decoder")
         if "decoder_widths" in config:
-            return config["patch"] * 2 ** (len(config["decoder_widths"]) - 1)
+            return reduction(config)
         widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
         return 2 ** (len(widths) - 1)
 
@@ -165,9 +166,17 @@ class Source:
 
     def _halo(self) -> int | None:
         """See :func:`halo`. The norms and attentions of other decoders see the whole picture."""
-        if not isinstance(self.autoencoder, SceneAutoencoder):
+        network = self.autoencoder
+        if not isinstance(network, SceneAutoencoder):
             return None
-        return halo(self.autoencoder.decode, self.latent_channels)
+        if network.folding is None:
+            return halo(network.decoder, self.latent_channels)
+        # Each alone: far-seeing latents of 128 pixels would be hundreds of millions of pixels.
+        cells = halo(network.decoder, network.config.fold["channels"])
+        latents = halo(network.folding.decoder, self.latent_channels)
+        if cells is None or latents is None:
+            return None
+        return latents + math.ceil(cells * network.cell_reduction / network.reduction)
 
     def _cell_bytes(self) -> dict[str, int]:
         """Memory of a latent cell in each network, see :func:`cell_bytes`."""

@@ -1,10 +1,15 @@
 """A small convolutional autoencoder for RGBA pictures, built for fast decoding on a CPU.
 
-32x from pixel to latent: 1024x1024 is 32x32 latents. ``docs/decisions.md`` has the measurements.
+32x from pixel to latent: 1024x1024 is 32x32 latents, and 8x8 where these are folded once more.
+``docs/decisions.md`` has the measurements.
 Residual down- and up-sampling shortcuts follow DC-AE (arXiv 2410.10733, figure 4).
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +56,47 @@ class Upsample(nn.Module):
         return F.pixel_shuffle(self.conv(x) + shortcut, 2)
 
 
+class Folding(nn.Module):
+    """A second autoencoder, of the first one's latents (its *cells*): fewer still on each side.
+
+    The first one sees pixels near by, and writes 32x32 cells, 32,768 numbers, for 1024x1024 pixels.
+    This one sees whole things: 8x8 latents, 4,096 numbers, say the same, and its decoder knows what
+    things look like.
+
+    Args:
+        channels: of the cells.
+        latent_channels: of the latents.
+        encoder_widths, encoder_blocks, decoder_widths, decoder_blocks, patch: as the first one's,
+            in cells instead of pixels.
+        mean, std: per-channel statistics of the cells.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        latent_channels: int,
+        encoder_widths: tuple[int, ...],
+        encoder_blocks: tuple[int, ...],
+        decoder_widths: tuple[int, ...],
+        decoder_blocks: tuple[int, ...],
+        patch: int,
+        mean: list[float],
+        std: list[float],
+    ) -> None:
+        super().__init__()
+        self.encoder = _encoder(channels, patch, encoder_widths, encoder_blocks, latent_channels)
+        self.decoder = _decoder(latent_channels, decoder_widths, decoder_blocks, channels, patch)
+        self.mean, self.std = mean, std
+
+    def normalise(self, cells: Tensor) -> Tensor:
+        """Raw cells to those of zero mean and unit variance that the encoder reads."""
+        return (cells - _per_channel(self.mean, cells)) / _per_channel(self.std, cells)
+
+    def denormalise(self, cells: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise`."""
+        return cells * _per_channel(self.std, cells) + _per_channel(self.mean, cells)
+
+
 class SceneAutoencoder(ModelMixin, ConfigMixin):
     """Premultiplied RGBA in [0, 1] to latents and back.
 
@@ -63,6 +109,8 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         preview: (C + 1) rows of 4: premultiplied RGBA of a latent's whole patch is about
             ``latents @ preview[:C] + preview[C]`` on normalised latents. It shows a picture while
             it is drawn, without the decoder.
+        fold: arguments of a :class:`Folding` but for ``latent_channels``; None where the encoder's
+            cells are the latents.
     """
 
     @register_to_config
@@ -77,50 +125,91 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         preview: list[list[float]] | None = None,
+        fold: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        stem = [nn.PixelUnshuffle(patch), nn.Conv2d(4 * patch**2, encoder_widths[0], 1)]
-        self.encoder = nn.Sequential(
-            *stem,
-            *_levels(Downsample, encoder_widths, encoder_blocks),
-            nn.Conv2d(encoder_widths[-1], latent_channels, 1),
-        )
-        self.decoder = nn.Sequential(
-            nn.Conv2d(latent_channels, decoder_widths[0], 3, padding=1),
-            *_levels(Upsample, decoder_widths, decoder_blocks),
-            nn.SiLU(),
-            nn.Conv2d(decoder_widths[-1], 4 * patch**2, 3, padding=1),
-            nn.PixelShuffle(patch),
-        )
+        cells = fold["channels"] if fold else latent_channels
+        self.encoder = _encoder(4, patch, encoder_widths, encoder_blocks, cells)
+        self.decoder = _decoder(cells, decoder_widths, decoder_blocks, 4, patch)
+        self.folding = Folding(latent_channels=latent_channels, **fold) if fold else None
         self.apply(_initialise)
-        self.reduction = patch * 2 ** (len(decoder_widths) - 1)
+        self.reduction = reduction(self.config)
+        self.cell_reduction = reduction({**self.config, "fold": None})
+
+    def cells(self, pixels: Tensor) -> Tensor:
+        """(B, 4, H, W) pictures in [0, 1] to normalised cells; without folding, to latents."""
+        cells = self.encoder(pixels * 2 - 1)
+        return self.folding.normalise(cells) if self.folding else self.normalise(cells)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 4, H, W) pictures in [0, 1] to (B, C, H/32, W/32) raw latents."""
-        return self.encoder(pixels * 2 - 1)
+        """(B, 4, H, W) pictures in [0, 1] to (B, C, H/r, W/r) raw latents, r the reduction."""
+        return (
+            self.folding.encoder(self.cells(pixels))
+            if self.folding
+            else self.encoder(pixels * 2 - 1)
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) raw latents to (B, 4, 32h, 32w) premultiplied RGBA, not clipped."""
+        """(B, C, h, w) raw latents to (B, 4, rh, rw) premultiplied RGBA, not clipped."""
+        if self.folding:
+            latents = self.folding.denormalise(self.folding.decoder(latents))
         return self.decoder(latents) * 0.5 + 0.5
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        if self.config.latents_mean is None:
-            raise ValueError("this autoencoder has no latent statistics yet: finish its training")
-        shape = (1, -1, 1, 1)
-        reference = self.decoder[0].weight
-        mean = torch.tensor(self.config.latents_mean, device=reference.device).view(shape)
-        std = torch.tensor(self.config.latents_std, device=reference.device).view(shape)
-        return mean, std
-
     def normalise(self, latents: Tensor) -> Tensor:
-        """Raw latents to the zero-mean, unit-variance latents that the transformer sees."""
-        mean, std = self._statistics()
+        """Raw latents to the zero-mean, unit-variance latents that the transformer sees.
+
+        Raises:
+            ValueError: the configuration has no statistics.
+        """
+        mean, std = self._statistics(latents)
         return (latents - mean) / std
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """The inverse of :meth:`normalise`."""
-        mean, std = self._statistics()
+        mean, std = self._statistics(latents)
         return latents * std + mean
+
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.latents_mean is None:
+            raise ValueError("this autoencoder has no latent statistics yet: finish its training")
+        return (
+            _per_channel(self.config.latents_mean, latents),
+            _per_channel(self.config.latents_std, latents),
+        )
+
+
+def reduction(config: Mapping[str, Any]) -> int:
+    """Pixels per latent along one side, of an autoencoder with this configuration."""
+    parts = [config, config["fold"]] if config.get("fold") else [config]
+    sides = [part["patch"] * 2 ** (len(part["decoder_widths"]) - 1) for part in parts]
+    return math.prod(sides)
+
+
+def _per_channel(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device).view(1, -1, 1, 1)
+
+
+def _encoder(
+    channels: int, patch: int, widths: tuple[int, ...], blocks: tuple[int, ...], latents: int
+) -> nn.Sequential:
+    return nn.Sequential(
+        nn.PixelUnshuffle(patch),
+        nn.Conv2d(channels * patch**2, widths[0], 1),
+        *_levels(Downsample, widths, blocks),
+        nn.Conv2d(widths[-1], latents, 1),
+    )
+
+
+def _decoder(
+    latents: int, widths: tuple[int, ...], blocks: tuple[int, ...], channels: int, patch: int
+) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(latents, widths[0], 3, padding=1),
+        *_levels(Upsample, widths, blocks),
+        nn.SiLU(),
+        nn.Conv2d(widths[-1], channels * patch**2, 3, padding=1),
+        nn.PixelShuffle(patch),
+    )
 
 
 def _initialise(module: nn.Module) -> None:

@@ -209,6 +209,29 @@ def autoencoder(tmp_path: Path) -> Path:
     return tmp_path / "autoencoder"
 
 
+@pytest.fixture
+def folded(autoencoder: Path) -> Path:
+    """The folder ``tmp_path/folded``: that autoencoder, its 4 channels folded to 6, by 4."""
+    import torch
+
+    from litapp.models.autoencoder import SceneAutoencoder
+    from litapp.training.fold import add_folding
+
+    torch.manual_seed(1)
+    options = {
+        "latent_channels": 6,
+        "encoder_widths": (8, 8),
+        "encoder_blocks": (1, 1),
+        "decoder_widths": (8, 8),
+        "decoder_blocks": (1, 1),
+    }
+    network = add_folding(SceneAutoencoder.from_pretrained(autoencoder), options)
+    network.register_to_config(latents_mean=[0.0] * 6, latents_std=[1.0] * 6)
+    folder = autoencoder.with_name("folded")
+    network.save_pretrained(folder)
+    return folder
+
+
 class Lengths:
     """A tokenizer and a text encoder in one, which know no more than how long a text is."""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from litapp.models.autoencoder import SceneAutoencoder
-from litapp.training.codec import encode_pictures
+from litapp.training.codec import encode_cells
 from litapp.training.compose import Composer
 from litapp.training.data.art import Concept
 from litapp.training.data.backgrounds import Background
@@ -54,10 +54,10 @@ def test_composed_latents_are_those_of_the_whole_picture(
     scene = balls(places, background)
     composer = Composer(BallStore(), autoencoder)
     composer.prepare([(scene, SIZE)])
-    whole = encode_pictures(autoencoder, [render(scene, BallStore(), *SIZE)])[0]
-    empty = encode_pictures(
-        autoencoder, [render(Scene((), background, "", ""), BallStore(), *SIZE)]
-    )[0]
+    whole = encode_cells(autoencoder, [render(scene, BallStore(), *SIZE)])[0]
+    empty = encode_cells(autoencoder, [render(Scene((), background, "", ""), BallStore(), *SIZE)])[
+        0
+    ]
     difference = composer.latents(scene, SIZE) - whole
     assert difference.square().mean() < 1e-3 * (whole - empty).square().mean()
 
@@ -67,7 +67,7 @@ def test_a_thing_is_encoded_once_per_background(
 ) -> None:
     encoded = []
     monkeypatch.setattr(
-        "litapp.training.compose.encode_pictures",
+        "litapp.training.compose.encode_cells",
         lambda network, pictures: (
             encoded.append(len(pictures)) or torch.zeros(len(pictures), 2, 12, 12)
         ),

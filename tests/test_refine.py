@@ -1,4 +1,4 @@
-"""The decoder's last stage: it learns from latents that a transformer predicts."""
+"""The folding's last stage: its decoder learns from latents that a transformer predicts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from litapp.errors import LitappError
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.lit import LiTTransformer2DModel
 from litapp.training import autoencoder as autoencoder_training
-from litapp.training import refine
+from litapp.training import fold, refine
 from litapp.training.diffusion import DiffusionConfig
-from litapp.training.latents import CacheConfig, build_scene_cache
 
-SIDE = 128
+SIDE = 256
 
 
 class BallStore:
@@ -35,19 +34,19 @@ class BallStore:
 
 @pytest.fixture
 def workshop(
-    tmp_path: Path, autoencoder: Path, any_text: tuple, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, folded: Path, any_text: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A recipe, an autoencoder and a transformer that predicts zeros, as an untrained one does."""
     monkeypatch.setattr(refine, "load_text_encoder", lambda: any_text)
-    monkeypatch.setattr(refine, "SpriteStore", BallStore)
+    monkeypatch.setattr(fold, "SpriteStore", BallStore)
     model = LiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
+        in_channels=6,
+        out_channels=12,
         num_layers=1,
-        sample_size=4,
-        patch_size=2,
+        sample_size=2,
+        patch_size=1,
         caption_channels=384,
         cross_attention_dim=16,
         pooled_projection_dim=384,
@@ -65,10 +64,9 @@ def workshop(
         pictures = 128
         sizes = [[{SIDE}, {SIDE}, 1]]
         [model]
-        start = '{autoencoder}'
+        start = '{folded}'
         [predictions]
         model = '{tmp_path / "model"}'
-        window = 64
         [loop]
         steps = 2
         batch_size = 2
@@ -80,34 +78,21 @@ def workshop(
     return tmp_path
 
 
-def test_only_the_decoder_is_trained(workshop: Path) -> None:
+def test_only_the_foldings_decoder_is_trained(workshop: Path) -> None:
     output = workshop / "out"
     autoencoder_training.main(workshop / "recipe.toml", output, resume=True)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     before, after = (
         SceneAutoencoder.from_pretrained(folder).state_dict()
-        for folder in (workshop / "autoencoder", output / "model")
+        for folder in (workshop / "folded", output / "model")
     )
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
-    assert changed and all(name.startswith("decoder.") for name in changed)
-
-
-def test_scenes_are_drawn_again_as_they_were_encoded(workshop: Path) -> None:
-    network = SceneAutoencoder.from_pretrained(workshop / "autoencoder")
-    config = CacheConfig(str(workshop / "latents"), 128, [[SIDE, SIDE, 1]])
-    build_scene_cache(config, BallStore(), network)
-    scenes = refine.CachedScenes([config], BallStore(), SIDE, network.reduction, 2, seed=0, start=0)
-    latents, caption, window, corner = next(iter(scenes))
-    assert corner == (0, 0) and caption
-    with torch.no_grad():
-        again = network.normalise(network.encode(window[None]))[0]
-    # Half precision in the cache, and bf16 where the processor has it.
-    torch.testing.assert_close(latents, again, rtol=0.05, atol=0.05)
+    assert changed and all(name.startswith("folding.decoder.") for name in changed)
 
 
 def test_the_share_of_predicted_latents_is_the_one_asked_for(workshop: Path) -> None:
-    x0 = torch.randn(200, 4, 4, 4)
+    x0 = torch.randn(200, 6, 2, 2)
     config = refine.PredictionConfig(str(workshop / "model"), share=0.75)
     out = refine.Predictor(config)(x0, ["a"] * 200, torch.Generator().manual_seed(0))
     same = (out == x0).flatten(1).all(1)
@@ -117,8 +102,12 @@ def test_the_share_of_predicted_latents_is_the_one_asked_for(workshop: Path) -> 
 
 def test_what_is_missing_from_the_recipe_is_one_clear_line(workshop: Path) -> None:
     recipe = workshop / "recipe.toml"
-    recipe.write_text(recipe.read_text().replace("start =", "# start ="))
+    text = recipe.read_text()
+    recipe.write_text(text.replace("start =", "# start ="))
     with pytest.raises(LitappError, match="start = FOLDER"):
+        autoencoder_training.main(recipe, workshop / "out", resume=True)
+    recipe.write_text(text.replace("folded'", "autoencoder'"))
+    with pytest.raises(LitappError, match="an autoencoder that folds"):
         autoencoder_training.main(recipe, workshop / "out", resume=True)
     config = refine.PredictionConfig(str(workshop / "nowhere"))
     with pytest.raises(LitappError, match="cannot load"):

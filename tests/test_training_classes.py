@@ -190,7 +190,9 @@ def test_micro_batches_and_checkpointing_give_the_same_loss_curve(workshop: Path
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
-def test_two_gloo_processes_follow_the_curve_of_one(workshop: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_gloo_processes_follow_the_curve_of_one(workshop: Path, optimizer: str) -> None:
+    write_recipe(workshop, loop=f"optimizer = '{optimizer}'")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

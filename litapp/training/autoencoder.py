@@ -89,11 +89,17 @@ class _Reconstruct(nn.Module):
 
     def forward(self, pixels: Tensor, generator: torch.Generator, noise: float) -> Tensor:
         latents = self.autoencoder.encode(pixels)
-        # Noise in units of each channel's own spread: growing the latents cannot drown it.
-        spread = latents.detach().std(dim=(0, 2, 3), keepdim=True)
-        level = noise * torch.rand(len(pixels), 1, 1, 1, generator=generator)
-        level = level * torch.randn(latents.shape, generator=generator)
-        return self.autoencoder.decode(latents + spread * level)
+        return self.autoencoder.decode(add_latent_noise(latents, noise, generator))
+
+
+def add_latent_noise(latents: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Latents (B, C, h, w) with noise of a level up to ``most``, drawn for each picture.
+
+    In units of each channel's own spread: growing the latents cannot drown it.
+    """
+    spread = latents.detach().std(dim=(0, 2, 3), keepdim=True)
+    level = most * torch.rand(len(latents), 1, 1, 1, generator=generator)
+    return latents + spread * level * torch.randn(latents.shape, generator=generator)
 
 
 def psnr(output: Tensor, target: Tensor) -> float:
@@ -159,18 +165,21 @@ def save_model(autoencoder: SceneAutoencoder, output: Path) -> None:
 def main(recipe: Path, output: Path, resume: bool) -> None:
     """Run a recipe with tables ``[art] [mix] [crops] [model] [loop]``; writes ``output/model``.
 
-    With ``[predictions]`` it is a recipe of :mod:`litapp.training.refine`.
+    With ``[fold]`` it is a recipe of :mod:`litapp.training.fold`, with ``[predictions]`` one of
+    :mod:`litapp.training.refine`.
     """
     tables = load_recipe(recipe, "art", "loop")
     options = dict(tables.get("model", {}))
     noise, start = options.pop("latent_noise", 0.1), options.pop("start", None)
     autoencoder = SceneAutoencoder.from_pretrained(start) if start else SceneAutoencoder(**options)
-    if "predictions" in tables:
+    later = next((table for table in ("fold", "predictions") if table in tables), None)
+    if later:
         if not start or "data" not in tables:
-            raise LitappError("recipe: [predictions] needs [[data]], and [model] start = FOLDER")
-        from litapp.training import refine  # which itself builds on this module
+            raise LitappError(f"recipe: [{later}] needs [[data]], and [model] start = FOLDER")
+        from litapp.training import fold, refine  # which themselves build on this module
 
-        return refine.main(tables, autoencoder, output, resume)
+        stage = fold if later == "fold" else refine
+        return stage.main(tables, autoencoder, output, resume)
     store = SpriteStore(Path(tables["art"]["cache"]))
     mix = from_table(Mix, tables.get("mix", {}), "mix")
     crops = from_table(CropConfig, tables.get("crops", {}), "crops")

@@ -17,12 +17,19 @@ from litapp.training.loop import choose_precision
 
 
 @torch.no_grad()
-def encode_pictures(autoencoder: SceneAutoencoder, pictures: list[np.ndarray]) -> Tensor:
-    """(H, W, 4) uint8 premultiplied RGBA pictures to (B, C, H/32, W/32) normalised latents."""
+def encode_cells(autoencoder: SceneAutoencoder, pictures: list[np.ndarray]) -> Tensor:
+    """(H, W, 4) uint8 premultiplied RGBA pictures to (B, C, H/32, W/32) normalised cells."""
     batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
     with torch.autocast("cpu", torch.bfloat16, enabled=choose_precision("auto") == "bf16"):
-        latents = autoencoder.encode(batch)
-    return autoencoder.normalise(latents.float())
+        return autoencoder.cells(batch).float()
+
+
+@torch.no_grad()
+def fold_cells(autoencoder: SceneAutoencoder, cells: Tensor) -> Tensor:
+    """Normalised cells to the normalised latents that the transformer sees."""
+    if autoencoder.folding is None:
+        return cells
+    return autoencoder.normalise(autoencoder.folding.encoder(cells))
 
 
 class SceneCodec:
@@ -34,7 +41,7 @@ class SceneCodec:
 
     def encode(self, pictures: np.ndarray, _: torch.Generator) -> Tensor:
         """(B, s, s, 4) uint8 premultiplied RGBA to (B, C, h, w) latents."""
-        return encode_pictures(self.network, list(pictures))
+        return fold_cells(self.network, encode_cells(self.network, list(pictures)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) latents to (B, 4, H, W) premultiplied RGBA in about [0, 1]."""

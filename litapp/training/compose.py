@@ -1,7 +1,7 @@
 """Scenes put together from latents: things that stand apart are encoded once and added up.
 
-The encoder is convolutional and has no norm, so a latent knows only the pixels around it. On a
-plain background
+The encoder is convolutional and has no norm, so a latent knows only the pixels around it (where
+latents are folded once more this is about cells, the latents before that). On a plain background
 ``latents(scene) = latents(background) + sum of (latents(thing) - latents(background))`` holds, each
 thing on a canvas of its own, to a mean squared error of 1e-5 (``docs/decisions.md``).
 """
@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from litapp.models.autoencoder import SceneAutoencoder
-from litapp.training.codec import encode_pictures
+from litapp.training.codec import encode_cells
 from litapp.training.data.art import SpriteStore
 from litapp.training.data.backgrounds import Background
 from litapp.training.data.scenes import Item, Scene, render
@@ -59,7 +59,7 @@ class Composer:
                 self._encode(group, side, threads)
 
     def latents(self, scene: Scene, size: Size) -> Tensor:
-        """(C, height/32, width/32) normalised latents of one prepared scene.
+        """(C, height/32, width/32) normalised cells of one prepared scene.
 
         Raises:
             ValueError: a thing that is off the latents' grid.
@@ -76,7 +76,7 @@ class Composer:
 
     def _corner(self, item: Item, size: Size, side: int) -> tuple[int, int]:
         """Column and row of the latents where a thing's patch of ``side`` latents begins."""
-        unit = self.autoencoder.reduction
+        unit = self.autoencoder.cell_reduction
         column = item.x * size[0] / unit - side / 2
         row = item.y * size[1] / unit - side / 2
         if not (column.is_integer() and row.is_integer()):
@@ -85,7 +85,7 @@ class Composer:
 
     def _alone(self, item: Item, background: Background, size: Size) -> tuple[Scene, int]:
         """A thing in a picture of its own, and the side of that: an even number of latents."""
-        pixels, step = item.pixels(*size), 2 * self.autoencoder.reduction
+        pixels, step = item.pixels(*size), 2 * self.autoencoder.cell_reduction
         side = -(-(pixels + 2 * MARGIN) // step) * step
         thing = replace(item, x=0.5, y=0.5, size=pixels / side)
         return Scene((thing,), background, "", ""), side
@@ -99,7 +99,7 @@ class Composer:
                 lambda key: render(group[key], self.store, side, side),
                 some,
             )
-            latents = encode_pictures(self.autoencoder, list(pictures))
+            latents = encode_cells(self.autoencoder, list(pictures))
             empty = self._empty(group[some[0]].background, side, side)
             self._patches |= zip(some, (latents - empty).half(), strict=True)
 
@@ -107,7 +107,7 @@ class Composer:
         key = (width, height, *_look(background))
         if key not in self._plain:
             picture = render(Scene((), background, "", ""), self.store, width, height)
-            self._plain[key] = encode_pictures(self.autoencoder, [picture])[0]
+            self._plain[key] = encode_cells(self.autoencoder, [picture])[0]
         return self._plain[key]
 
 

@@ -35,6 +35,7 @@ from litapp.training.latents import (
     LatentData,
     build_folder_cache,
     build_scene_cache,
+    fold_cache,
 )
 from litapp.training.loop import LoopConfig, train
 from litapp.training.losses import PREDICTIONS, Diffusion, Distillation
@@ -188,7 +189,8 @@ def _scene_caches(tables: dict, codec: SceneCodec | KLCodec) -> dict[Path, float
     store = SpriteStore(Path(tables["art"]["cache"]))
     configs = [from_table(CacheConfig, table, "data") for table in tables["data"]]
     network = codec.network
-    return {build_scene_cache(config, store, network): config.weight for config in configs}
+    cells = {build_scene_cache(config, store, network): config.weight for config in configs}
+    return {fold_cache(folder, network): weight for folder, weight in cells.items()}
 
 
 def load_latents(

@@ -1,7 +1,8 @@
 """Cached latents and text states: what the transformer trains on, computed once.
 
 A cache is a folder of shards (``shard-00000.safetensors``: latents and their captions), each of one
-picture size. It is built shard by shard, so an interrupted build goes on where it stopped.
+picture size. It is built shard by shard, so an interrupted build goes on where it stopped. Of an
+autoencoder that folds, a cache of scenes holds the cells, and ``folded/`` in it the latents.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from litapp.errors import LitappError
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.text_encoder import TextEncoder, encode_texts
 from litapp.training.cache import digest, open_cache
-from litapp.training.codec import KLCodec, SceneCodec, encode_pictures
+from litapp.training.codec import KLCodec, SceneCodec, encode_cells, fold_cells
 from litapp.training.compose import Composer
 from litapp.training.data.art import SpriteStore, load_concepts
 from litapp.training.data.folder import list_folder
@@ -62,7 +63,7 @@ def _save_shard(path: Path, latents: list[Tensor], captions: list[str]) -> None:
 def build_scene_cache(
     config: CacheConfig, store: SpriteStore, autoencoder: SceneAutoencoder
 ) -> Path:
-    """Render, encode and store the scenes of one ``[[data]]`` table; returns the folder."""
+    """Render and encode the scenes of one ``[[data]]`` table, to cells; returns the folder."""
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     missing = [
@@ -78,6 +79,24 @@ def build_scene_cache(
     return folder
 
 
+def fold_cache(folder: Path, autoencoder: SceneAutoencoder) -> Path:
+    """The cache of latents beside a cache of cells; the same folder where nothing is folded.
+
+    Made anew when the cells or the autoencoder have changed.
+    """
+    if autoencoder.folding is None:
+        return folder
+    shards = sorted(folder.glob("shard-*.safetensors"))
+    source = digest([(path, "cells") for path in shards], autoencoder)
+    folded = open_cache(folder / "folded", "source.json", {"source": source})
+    for path in track(shards, f"folding {folder.name}"):
+        if not (folded / path.name).exists():
+            cells, captions = _read_shard(path)
+            latents = [fold_cells(autoencoder, part.float()) for part in cells.split(16)]
+            _save_shard(folded / path.name, list(torch.cat(latents)), captions)
+    return folded
+
+
 Shards = dict[int, tuple[tuple[int, int], list[Scene]]]
 
 
@@ -91,7 +110,7 @@ def _rendered(
         for start in range(0, SHARD, 8):
             group = scenes[start : start + 8]
             pictures = threads.map(lambda scene, side=side: render(scene, store, *side), group)
-            latents += encode_pictures(autoencoder, list(pictures))
+            latents += encode_cells(autoencoder, list(pictures))
         yield shard, latents
 
 
@@ -117,8 +136,12 @@ def shard_scenes(config: CacheConfig, shard: int) -> tuple[tuple[int, int], list
 
 def load_shard(folder: Path, shard: int) -> Tensor:
     """(SHARD, C, h, w) float16 latents, in the order of :func:`shard_scenes`."""
-    with safe_open(_shard_path(folder, shard), "pt") as file:
-        return file.get_tensor("latents")
+    return _read_shard(_shard_path(folder, shard))[0]
+
+
+def _read_shard(path: Path) -> tuple[Tensor, list[str]]:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("latents"), json.loads(file.metadata()["captions"])
 
 
 def _shard_path(folder: Path, shard: int) -> Path:
@@ -149,12 +172,55 @@ def build_folder_cache(data: Path, folder: Path, codec: SceneCodec | KLCodec, si
     return folder
 
 
-class LatentData:
-    """All shards in memory, grouped by size, with their captions encoded.
+class Pool:
+    """All pictures of some caches in memory, grouped by size.
+
+    Attributes:
+        latents: (n, C, h, w) float16 of each group.
+        captions: their n captions.
+        weights: how often each picture is drawn.
 
     Args:
         folders: caches to train on together.
         weights: how often a picture of each is drawn; all the same if not given.
+
+    Raises:
+        LitappError: the folders hold no shard.
+    """
+
+    def __init__(self, folders: list[Path], weights: list[float] | None = None) -> None:
+        groups: dict[tuple[int, ...], tuple[list, list, list]] = {}
+        for folder, weight in zip(folders, weights or [1.0] * len(folders), strict=True):
+            for path in sorted(folder.glob("shard-*.safetensors")):
+                latents, words = _read_shard(path)
+                group = groups.setdefault(tuple(latents.shape[1:]), ([], [], []))
+                for known, new in zip(group, ([latents], words, [weight] * len(words))):
+                    known.extend(new)
+        if not groups:
+            raise LitappError(
+                f"no latents in {', '.join(map(str, folders))}: build the cache first"
+            )
+        self.latents = [torch.cat(shards) for shards, _, _ in groups.values()]
+        self.captions = [words for _, words, _ in groups.values()]
+        self.weights = [torch.tensor(often, dtype=torch.float32) for _, _, often in groups.values()]
+
+    def __len__(self) -> int:
+        return sum(len(group) for group in self.latents)
+
+    def choose(self, size: int, generator: torch.Generator) -> tuple[int, Tensor]:
+        """A group, and ``size`` different pictures of it where it has as many."""
+        shares = torch.stack([group.sum() for group in self.weights])
+        group = int(torch.multinomial(shares, 1, generator=generator))
+        weights = self.weights[group]
+        repeat = size > len(weights)
+        return group, torch.multinomial(weights, size, replacement=repeat, generator=generator)
+
+
+class LatentData:
+    """A :class:`Pool` with its captions encoded.
+
+    Args:
+        folders, weights: as the pool's.
         text_length: tokens that captions are padded or cut to.
 
     Raises:
@@ -169,34 +235,18 @@ class LatentData:
         text_length: int = 32,
         weights: list[float] | None = None,
     ) -> None:
-        groups: dict[tuple[int, ...], list[Tensor]] = {}
-        captions: dict[tuple[int, ...], list[str]] = {}
-        often: dict[tuple[int, ...], list[float]] = {}
-        for folder, weight in zip(folders, weights or [1.0] * len(folders), strict=True):
-            for path in sorted(folder.glob("shard-*.safetensors")):
-                with safe_open(path, "pt") as file:
-                    latents = file.get_tensor("latents")
-                    words = json.loads(file.metadata()["captions"])
-                shape = tuple(latents.shape[1:])
-                groups.setdefault(shape, []).append(latents)
-                captions.setdefault(shape, []).extend(words)
-                often.setdefault(shape, []).extend([weight] * len(words))
-        if not groups:
-            raise LitappError(
-                f"no latents in {', '.join(map(str, folders))}: build the cache first"
-            )
-        self.latents = [torch.cat(group) for group in groups.values()]
-        self.weights = [torch.tensor(group) for group in often.values()]
-        unique = sorted({"", *(words for group in captions.values() for words in group)})
+        self.pool = Pool(folders, weights)
+        captions = self.pool.captions
+        unique = sorted({"", *(words for group in captions for words in group)})
         row = {words: index for index, words in enumerate(unique)}
-        self.rows = [torch.tensor([row[w] for w in group]) for group in captions.values()]
+        self.rows = [torch.tensor([row[w] for w in group]) for group in captions]
         self.empty = torch.tensor([row[""]])
         texts = encode_texts(tokenizer, encoder, unique, text_length)
         self.states, self.pooled = texts["states"].half(), texts["pooled"]
         self.mask = texts["mask"]
 
     def __len__(self) -> int:
-        return sum(len(group) for group in self.latents)
+        return len(self.pool)
 
     def batches(self, start: int, size: int, dropout: float, seed: int) -> Iterator[dict]:
         """Endless batches of one size each, a function of (seed, step): latents and conditions.
@@ -205,19 +255,15 @@ class LatentData:
             dropout: share of captions replaced by the empty one, for classifier-free guidance
                 (arXiv 2207.12598).
         """
-        shares = torch.stack([group.sum() for group in self.weights])
         step = start
         while True:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            group = int(torch.multinomial(shares, 1, generator=generator))
-            weights = self.weights[group]
-            chosen = torch.multinomial(
-                weights, size, replacement=size > len(weights), generator=generator
-            )
+            group, chosen = self.pool.choose(size, generator)
             rows = self.rows[group][chosen]
             dropped = torch.rand(size, generator=generator) < dropout
             rows = torch.where(dropped, self.empty, rows)
-            yield {"latents": self.latents[group][chosen].float(), **self.condition(rows)}
+            latents = self.pool.latents[group][chosen].float()
+            yield {"latents": latents, **self.condition(rows)}
             step += 1
 
     def condition(self, rows: Tensor) -> dict[str, Tensor]:

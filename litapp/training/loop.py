@@ -70,7 +70,7 @@ def choose_precision(requested: str) -> str:
 
 
 def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
+    """AdamW for everything, or Muon for the blocks' matrices and kernels and AdamW for the rest."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     adamw = {
         "lr": config.learning_rate,
@@ -82,7 +82,11 @@ def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Op
         return [torch.optim.AdamW([p for _, p in named], **adamw)]
     if config.optimizer != "muon":
         raise LitappError(f"unknown optimizer {config.optimizer!r}: use adamw or muon")
-    matrices = [p for n, p in named if p.ndim == 2 and "blocks." in n and "table" not in n]
+    matrices = [
+        p
+        for n, p in named
+        if (p.ndim == 2 and "blocks." in n and "table" not in n) or (p.ndim == 4 and "conv" in n)
+    ]
     chosen = {id(p) for p in matrices}
     muon = Muon(
         matrices,

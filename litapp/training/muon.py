@@ -1,8 +1,8 @@
 """Muon (K. Jordan et al. 2024, "Muon: an optimizer for hidden layers").
 
 ``torch.optim.Muon`` orthogonalises in bf16, which CPUs without bf16 arithmetic emulate at a tenth
-of fp32's speed (``docs/decisions.md``), and one matrix at a time; here the precision is a choice
-and equal shapes go as a batch.
+of fp32's speed (``docs/decisions.md``), and one matrix at a time; here the precision is a choice,
+equal shapes go as a batch, and processes share them out.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 # The quintic iteration's coefficients: the steepest slope at 0 that still maps [0, 1] near 1.
@@ -28,11 +29,23 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     return x.transpose(1, 2) if tall else x
 
 
+def _orthogonalise_together(matrices: Tensor, iterations: int) -> Tensor:
+    """:func:`orthogonalise` with the matrices shared out to the processes that train together."""
+    if not dist.is_initialized():
+        return orthogonalise(matrices, iterations)
+    mine = slice(dist.get_rank(), None, dist.get_world_size())
+    result = torch.zeros_like(matrices)
+    if len(matrices[mine]):
+        result[mine] = orthogonalise(matrices[mine], iterations)
+    dist.all_reduce(result)
+    return result
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, with updates scaled to AdamW's usual size.
 
     Args:
-        params: matrices only.
+        params: matrices, and kernels of convolutions, which are seen as (out, in * height * width).
         lr: as for AdamW; the update is scaled by ``0.2 sqrt(max(rows, columns))``
             (arXiv 2502.16982, section 2.2).
         iterations: of Newton-Schulz. Three bring singular values above a fiftieth of the Frobenius
@@ -62,12 +75,13 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     shapes[parameter.shape].append(parameter)
             for shape, parameters in shapes.items():
-                updates = [self._momentum(p, group["momentum"]) for p in parameters]
-                scale = group["lr"] * 0.2 * max(shape) ** 0.5
+                updates = [self._momentum(p, group["momentum"]).flatten(1) for p in parameters]
+                scale = group["lr"] * 0.2 * max(updates[0].shape) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 stacked = torch.stack(updates).to(self.dtype)
-                orthogonal = orthogonalise(stacked, self.iterations).float()
-                torch._foreach_add_(parameters, orthogonal.unbind(0), alpha=-scale)
+                orthogonal = _orthogonalise_together(stacked, self.iterations).float()
+                steps = orthogonal.reshape(-1, *shape).unbind(0)
+                torch._foreach_add_(parameters, steps, alpha=-scale)
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
         """Nesterov momentum of the gradient."""

@@ -17,23 +17,30 @@ else:
 def load_recipe(path: Path, *needed: str) -> dict:
     """Read a TOML recipe, by path or by the name of one that ships with litapp.
 
+    ``extends = "NAME"`` at its top brings the tables of another recipe, where it has not its own.
+
     Raises:
         LitappError: there is none, it cannot be read, or it lacks one of the ``needed`` tables.
     """
-    shipped = resources.files("litapp.training").joinpath("recipes", f"{path}.toml")
-    try:
-        if not path.exists() and shipped.is_file():
-            tables = tomllib.loads(shipped.read_text())
-        else:
-            tables = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise LitappError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise LitappError(f"cannot read the recipe {path}: {error}") from error
+    tables = _read(path)
+    if "extends" in tables:
+        tables = _read(Path(tables.pop("extends"))) | tables
     for table in needed:
         if table not in tables:
             raise LitappError(f"the recipe {path} has no [{table}]")
     return tables
+
+
+def _read(path: Path) -> dict:
+    shipped = resources.files("litapp.training").joinpath("recipes", f"{path}.toml")
+    try:
+        if not path.exists() and shipped.is_file():
+            return tomllib.loads(shipped.read_text())
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise LitappError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise LitappError(f"cannot read the recipe {path}: {error}") from error
 
 
 def from_table(kind: type, table: dict, where: str):
