@@ -173,7 +173,7 @@ class Source:
             return halo(network.decoder, self.latent_channels)
         # Each alone: far-seeing latents of 128 pixels would be hundreds of millions of pixels.
         cells = halo(network.decoder, network.config.fold["channels"])
-        latents = halo(network.folding.decoder, self.latent_channels)
+        latents = halo(network.folding.decode, self.latent_channels)
         if cells is None or latents is None:
             return None
         return latents + math.ceil(cells * network.cell_reduction / network.reduction)

@@ -60,14 +60,15 @@ class Folding(nn.Module):
     """A second autoencoder, of the first one's latents (its *cells*): fewer still on each side.
 
     The first one sees pixels near by, and writes 32x32 cells, 32,768 numbers, for 1024x1024 pixels.
-    This one sees whole things: 8x8 latents, 4,096 numbers, say the same, and its decoder knows what
-    things look like.
+    Here a latent is what the first principal components of 4x4 cells say. That is linear; the
+    decoder is not: it sees whole things, knows what they look like, and adds to the linear inverse
+    what the components left out.
 
     Args:
         channels: of the cells.
         latent_channels: of the latents.
-        encoder_widths, encoder_blocks, decoder_widths, decoder_blocks, patch: as the first one's,
-            in cells instead of pixels.
+        factor: cells along each side of a latent.
+        decoder_widths, decoder_blocks, patch: as the first autoencoder's, in cells for pixels.
         mean, std: per-channel statistics of the cells.
     """
 
@@ -75,8 +76,7 @@ class Folding(nn.Module):
         self,
         channels: int,
         latent_channels: int,
-        encoder_widths: tuple[int, ...],
-        encoder_blocks: tuple[int, ...],
+        factor: int,
         decoder_widths: tuple[int, ...],
         decoder_blocks: tuple[int, ...],
         patch: int,
@@ -84,9 +84,43 @@ class Folding(nn.Module):
         std: list[float],
     ) -> None:
         super().__init__()
-        self.encoder = _encoder(channels, patch, encoder_widths, encoder_blocks, latent_channels)
+        if patch * 2 ** (len(decoder_widths) - 1) != factor:
+            raise ValueError(f"patch and decoder_widths do not unfold by {factor}")
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(factor), nn.Conv2d(channels * factor**2, latent_channels, 1)
+        )
+        self.linear = nn.Sequential(
+            nn.Conv2d(latent_channels, channels * factor**2, 1), nn.PixelShuffle(factor)
+        )
         self.decoder = _decoder(latent_channels, decoder_widths, decoder_blocks, channels, patch)
         self.mean, self.std = mean, std
+
+    def encode(self, cells: Tensor) -> Tensor:
+        """(B, channels, factor h, factor w) normalised cells to (B, C, h, w) raw latents."""
+        return self.encoder(cells)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`encode`, about."""
+        return self.linear(latents) + self.decoder(latents)
+
+    @torch.no_grad()
+    def start(self, cells: list[Tensor]) -> None:
+        """Set the linear maps by principal components, and the rest of the decoder to give 0.
+
+        Args:
+            cells: (n, channels, h, w) normalised, of one size or several.
+        """
+        patches = torch.cat([self.encoder[0](part).movedim(1, -1).flatten(0, 2) for part in cells])
+        mean, covariance = patches.double().mean(0), torch.cov(patches.double().T)
+        components = torch.linalg.eigh(covariance).eigenvectors.flip(1)
+        basis = components[:, : self.encoder[1].out_channels].T
+        self.encoder[1].weight.copy_(basis[..., None, None])
+        self.encoder[1].bias.copy_(-basis @ mean)
+        self.linear[0].weight.copy_(basis.T[..., None, None])
+        self.linear[0].bias.copy_(mean)
+        head = self.decoder[-2]
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
 
     def normalise(self, cells: Tensor) -> Tensor:
         """Raw cells to those of zero mean and unit variance that the encoder reads."""
@@ -105,7 +139,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         encoder_widths, encoder_blocks: channels and residual blocks per level, finest first.
         decoder_widths, decoder_blocks: the same for the decoder, coarsest first.
         patch: pixels per side that the stem folds and the head unfolds.
-        latents_mean, latents_std: per-channel statistics that :meth:`normalise` uses.
+        latents_mean, latents_std: what :meth:`normalise` takes from each channel and divides by.
         preview: (C + 1) rows of 4: premultiplied RGBA of a latent's whole patch is about
             ``latents @ preview[:C] + preview[C]`` on normalised latents. It shows a picture while
             it is drawn, without the decoder.
@@ -144,7 +178,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 4, H, W) pictures in [0, 1] to (B, C, H/r, W/r) raw latents, r the reduction."""
         return (
-            self.folding.encoder(self.cells(pixels))
+            self.folding.encode(self.cells(pixels))
             if self.folding
             else self.encoder(pixels * 2 - 1)
         )
@@ -152,11 +186,11 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) raw latents to (B, 4, rh, rw) premultiplied RGBA, not clipped."""
         if self.folding:
-            latents = self.folding.denormalise(self.folding.decoder(latents))
+            latents = self.folding.denormalise(self.folding.decode(latents))
         return self.decoder(latents) * 0.5 + 0.5
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Raw latents to the zero-mean, unit-variance latents that the transformer sees.
+        """Raw latents to those that the transformer sees, of zero mean and about unit variance.
 
         Raises:
             ValueError: the configuration has no statistics.

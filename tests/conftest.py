@@ -218,13 +218,7 @@ def folded(autoencoder: Path) -> Path:
     from litapp.training.fold import add_folding
 
     torch.manual_seed(1)
-    options = {
-        "latent_channels": 6,
-        "encoder_widths": (8, 8),
-        "encoder_blocks": (1, 1),
-        "decoder_widths": (8, 8),
-        "decoder_blocks": (1, 1),
-    }
+    options = {"latent_channels": 6, "decoder_widths": (8, 8), "decoder_blocks": (1, 1)}
     network = add_folding(SceneAutoencoder.from_pretrained(autoencoder), options)
     network.register_to_config(latents_mean=[0.0] * 6, latents_std=[1.0] * 6)
     folder = autoencoder.with_name("folded")

@@ -29,7 +29,7 @@ def fold_cells(autoencoder: SceneAutoencoder, cells: Tensor) -> Tensor:
     """Normalised cells to the normalised latents that the transformer sees."""
     if autoencoder.folding is None:
         return cells
-    return autoencoder.normalise(autoencoder.folding.encoder(cells))
+    return autoencoder.normalise(autoencoder.folding.encode(cells))
 
 
 class SceneCodec:

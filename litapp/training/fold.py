@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor, nn
 
 from litapp.models.autoencoder import Folding, SceneAutoencoder
@@ -29,8 +28,8 @@ class _Refold(nn.Module):
         self.folding = folding
 
     def forward(self, cells: Tensor, generator: torch.Generator, noise: float) -> Tensor:
-        latents = self.folding.encoder(cells)
-        return self.folding.decoder(add_latent_noise(latents, noise, generator))
+        latents = self.folding.encode(cells)
+        return self.folding.decode(add_latent_noise(latents, noise, generator))
 
 
 def add_folding(autoencoder: SceneAutoencoder, options: dict) -> SceneAutoencoder:
@@ -48,6 +47,7 @@ def add_folding(autoencoder: SceneAutoencoder, options: dict) -> SceneAutoencode
     latents = options.pop("latent_channels")
     fold = {
         "channels": config["latent_channels"],
+        "factor": 4,
         "patch": 2,
         "mean": config["latents_mean"],
         "std": config["latents_std"],
@@ -60,18 +60,24 @@ def add_folding(autoencoder: SceneAutoencoder, options: dict) -> SceneAutoencode
 
 
 @torch.no_grad()
-def measure_folding(folding: Folding, pool: Pool, preview: list[list[float]] | None) -> dict:
-    """What the configuration keeps of the latents, over 1,024 pictures of each size at most.
+def measure_folding(
+    folding: Folding, groups: list[Tensor], preview: list[list[float]] | None
+) -> dict:
+    """What the configuration keeps of the latents.
+
+    The deviations by which components are divided are the roots of their own, to the mean variance
+    of 1: large components stay larger than small ones, as noise and loss then see them, but less so.
 
     Args:
+        groups: (n, channels, h, w) normalised cells of each size.
         preview: the first autoencoder's, from which the new one follows.
 
     Returns:
         As :func:`litapp.training.autoencoder.measure_latents`.
     """
     rows, colours = [], []
-    for cells in track([part for group in pool.latents for part in _some(group)], "statistics"):
-        latents = folding.encoder(cells)
+    for cells in groups:
+        latents = folding.encode(cells)
         rows.append(latents.movedim(1, -1).flatten(0, 2).double())
         if preview:
             matrix = torch.tensor(preview, dtype=torch.float32)
@@ -79,18 +85,13 @@ def measure_folding(folding: Folding, pool: Pool, preview: list[list[float]] | N
             patches = F.adaptive_avg_pool2d(seen.movedim(-1, 1), latents.shape[2:])
             colours.append(patches.movedim(1, -1).flatten(0, 2).double())
     found = torch.cat(rows)
-    mean, std = found.mean(0), found.std(0)
+    mean, deviation = found.mean(0), found.std(0)
+    std = (deviation * deviation.mean()).sqrt()
     figures = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
     if preview:
         inputs = torch.cat([(found - mean) / std, torch.ones(len(found), 1)], dim=1)
         figures["preview"] = torch.linalg.lstsq(inputs, torch.cat(colours)).solution.tolist()
     return figures
-
-
-def _some(group: Tensor) -> Iterator[Tensor]:
-    """1,024 pictures at most, from all over the group, 32 at a time."""
-    chosen = group[:: -(-len(group) // 1024)]
-    return (part.float() for part in chosen.split(32))
 
 
 def cell_pool(tables: dict, autoencoder: SceneAutoencoder) -> Pool:
@@ -115,6 +116,11 @@ def main(tables: dict, autoencoder: SceneAutoencoder, output: Path, resume: bool
         lambda **options: add_folding(autoencoder, options), tables["fold"], "fold"
     )
     pool = cell_pool(tables, autoencoder)
+    # Enough of each size for its statistics, from all over the caches.
+    some = [group[:: -(-len(group) // 2048)].float() for group in pool.latents]
+    autoencoder.folding.start(some)
+    autoencoder.register_to_config(**measure_folding(autoencoder.folding, some, preview))
+    autoencoder.folding.encoder.requires_grad_(False)
 
     def batches(step: int) -> Iterator[Tensor]:
         while True:
@@ -129,6 +135,4 @@ def main(tables: dict, autoencoder: SceneAutoencoder, output: Path, resume: bool
 
     model = _Refold(autoencoder.folding)
     train(model, loss_function, batches, loop, output, resume)
-    figures = measure_folding(autoencoder.folding.eval(), pool, preview)
-    autoencoder.register_to_config(**figures)
     save_model(autoencoder, output)

@@ -107,7 +107,7 @@ class _Unfold(nn.Module):
         self.autoencoder = autoencoder
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.autoencoder.folding.decoder(self.autoencoder.denormalise(latents))
+        return self.autoencoder.folding.decode(self.autoencoder.denormalise(latents))
 
 
 def main(tables: dict, autoencoder: SceneAutoencoder, output: Path, resume: bool) -> None:
@@ -125,7 +125,7 @@ def main(tables: dict, autoencoder: SceneAutoencoder, output: Path, resume: bool
     predictor = Predictor(config)
     pool = cell_pool(tables, autoencoder)
     autoencoder.requires_grad_(False)
-    autoencoder.folding.decoder.requires_grad_(True)
+    autoencoder.folding.requires_grad_(True).encoder.requires_grad_(False)
 
     def batches(step: int) -> Iterator[tuple[Tensor, list[str]]]:
         while True:
