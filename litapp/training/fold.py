@@ -65,8 +65,8 @@ def measure_folding(
 ) -> dict:
     """What the configuration keeps of the latents.
 
-    The deviations by which components are divided are the roots of their own, to the mean variance
-    of 1: large components stay larger than small ones, as noise and loss then see them, but less so.
+    Components are divided by the root of their own deviation and of the mean one, to a mean
+    variance of 1: to noise and loss, large components stay larger than small ones, but less so.
 
     Args:
         groups: (n, channels, h, w) normalised cells of each size.
