@@ -118,12 +118,21 @@ def save_model(root: Path, **changes: Any) -> Path:
     transformer.initialise()
     autoencoder = SceneAutoencoder(
         latent_channels=CHANNELS,
-        encoder_widths=(16, 16, 16, 16),
-        encoder_blocks=(1, 1, 1, 1),
-        decoder_widths=(32, 32, 32, 16),
-        decoder_blocks=(1, 1, 1, 1),
+        encoder_widths=(16, 16),
+        encoder_blocks=(1, 1),
+        decoder_widths=(32, 16),
+        decoder_blocks=(1, 1),
         latents_mean=[0.5, -0.5, 0.25, 0.0],
         latents_std=[2.0, 0.5, 1.0, 1.5],
+        fold={
+            "channels": 6,
+            "factor": 4,
+            "decoder_widths": (32, 16),
+            "decoder_blocks": (1, 1),
+            "patch": 2,
+            "mean": [0.1 * i for i in range(6)],
+            "std": [1.0 + 0.1 * i for i in range(6)],
+        },
     )
     for name, network in (("transformer", transformer), ("autoencoder", autoencoder)):
         randomise(network)

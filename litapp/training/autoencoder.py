@@ -18,6 +18,7 @@ from litapp.folders import replace_folder
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.training.data.art import SpriteStore, load_concepts
 from litapp.training.data.scenes import Mix, render, sample_scene
+from litapp.training.distributed import join_processes
 from litapp.training.loop import LoopConfig, train
 from litapp.training.recipe import from_table, load_recipe
 
@@ -157,9 +158,10 @@ def measure_latents(autoencoder: SceneAutoencoder, store: SpriteStore, mix: Mix)
 
 
 def save_model(autoencoder: SceneAutoencoder, output: Path) -> None:
-    """Write ``output/model`` whole."""
-    with replace_folder(output / "model") as partial:
-        autoencoder.save_pretrained(partial)
+    """Write ``output/model`` whole, from one process."""
+    if join_processes().is_main_process:
+        with replace_folder(output / "model") as partial:
+            autoencoder.save_pretrained(partial)
 
 
 def main(recipe: Path, output: Path, resume: bool) -> None:

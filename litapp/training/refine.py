@@ -127,16 +127,16 @@ def main(tables: dict, autoencoder: SceneAutoencoder, output: Path, resume: bool
     autoencoder.requires_grad_(False)
     autoencoder.folding.requires_grad_(True).encoder.requires_grad_(False)
 
-    def batches(step: int) -> Iterator[tuple[Tensor, list[str]]]:
+    def batches(step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         while True:
             generator = torch.Generator().manual_seed(loop.seed * 1_000_003 + step)
             group, chosen = pool.choose(loop.batch_size, generator)
-            captions = [pool.captions[group][index] for index in chosen.tolist()]
-            yield pool.latents[group][chosen].float(), captions
+            yield pool.latents[group][chosen].float(), torch.tensor(group), chosen
             step += 1
 
     def loss_function(model: nn.Module, batch: tuple, generator: torch.Generator):
-        cells, captions = batch
+        cells, group, chosen = batch  # what tensors tell can be shared out to processes
+        captions = [pool.captions[group][index] for index in chosen.tolist()]
         latents = predictor(fold_cells(autoencoder, cells), captions, generator)
         loss = F.mse_loss(model(latents), cells)
         return loss, {"share": loss.item() / cells.var().item()}
