@@ -219,7 +219,7 @@ def folded(autoencoder: Path) -> Path:
 
     torch.manual_seed(1)
     options = {"latent_channels": 6, "decoder_widths": (8, 8), "decoder_blocks": (1, 1)}
-    network = add_folding(SceneAutoencoder.from_pretrained(autoencoder), options)
+    network = add_folding(SceneAutoencoder.from_pretrained(autoencoder), **options)
     network.register_to_config(latents_mean=[0.0] * 6, latents_std=[1.0] * 6)
     folder = autoencoder.with_name("folded")
     network.save_pretrained(folder)

@@ -20,7 +20,6 @@ from litapp.training.latents import CacheConfig, Pool, build_scene_cache, fold_c
 
 SIDE = 256
 FOLD = {"decoder_widths": (8, 8), "decoder_blocks": (1, 1)}
-FOLD6 = FOLD | {"latent_channels": 6}
 
 
 class BoxStore:
@@ -80,7 +79,7 @@ def test_folding_reads_cells_as_the_first_autoencoder_writes_them(
 ) -> None:
     first = SceneAutoencoder.from_pretrained(autoencoder)
     first.register_to_config(latents_mean=[0.5, 0.0, -0.5, 0.1], latents_std=[2.0, 1.0, 0.5, 1.0])
-    second = fold.add_folding(first, FOLD | {"latent_channels": 3})
+    second = fold.add_folding(first, latent_channels=3, **FOLD)
     picture = np.random.default_rng(0).integers(0, 255, (128, 128, 4), dtype=np.uint8)
     cells = encode_cells(second, [picture])
     torch.testing.assert_close(cells, encode_cells(first, [picture]))
@@ -150,7 +149,9 @@ def test_training_unfolds_better_and_leaves_the_rest_alone(recipe: Path, autoenc
     before = SceneAutoencoder.from_pretrained(autoencoder).state_dict()
     after = SceneAutoencoder.from_pretrained(output / "model")
     assert all(torch.equal(value, after.state_dict()[name]) for name, value in before.items())
-    started = fold.add_folding(SceneAutoencoder.from_pretrained(autoencoder), FOLD6)
+    started = fold.add_folding(
+        SceneAutoencoder.from_pretrained(autoencoder), latent_channels=6, **FOLD
+    )
     started.folding.start([Pool([recipe.parent / "cells"]).latents[0].float()])
     torch.testing.assert_close(after.folding.encoder[1].weight, started.folding.encoder[1].weight)
 
@@ -183,10 +184,9 @@ def test_how_far_a_folded_decoder_looks_is_found_in_parts(folded: Path) -> None:
     assert halo(network.decode, 6) == parts
 
 
-def test_an_option_that_folding_has_none_of_is_one_clear_line(recipe: Path) -> None:
-    recipe.write_text(
-        recipe.read_text().replace("latent_channels = 6", "latent_channels = 6\nx = 1")
-    )
+@pytest.mark.parametrize("options", ["", "latent_channels = 6\nx = 1", "latent_channels = '6'"])
+def test_options_that_folding_cannot_have_are_one_clear_line(recipe: Path, options: str) -> None:
+    recipe.write_text(recipe.read_text().replace("latent_channels = 6", options))
     with pytest.raises(LitappError, match=r"recipe, \[fold\]"):
         autoencoder_training.main(recipe, recipe.parent / "out", resume=True)
     assert not (recipe.parent / "out").exists()

@@ -6,7 +6,9 @@ Cells of composed scenes come in milliseconds, and nothing of this stage touches
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from litapp.models.autoencoder import Folding, SceneAutoencoder
 from litapp.training.autoencoder import add_latent_noise, save_model
 from litapp.training.data.art import SpriteStore
+from litapp.training.distributed import join_processes
 from litapp.training.latents import CacheConfig, Pool, build_scene_cache
 from litapp.training.loop import LoopConfig, train
 from litapp.training.recipe import from_table
@@ -32,19 +35,19 @@ class _Refold(nn.Module):
         return self.folding.decode(add_latent_noise(latents, noise, generator))
 
 
-def add_folding(autoencoder: SceneAutoencoder, options: dict) -> SceneAutoencoder:
+def add_folding(
+    autoencoder: SceneAutoencoder, latent_channels: int, **options: Any
+) -> SceneAutoencoder:
     """The same autoencoder with a fresh :class:`Folding` of its latents.
 
     Args:
-        options: of the folding, ``latent_channels`` among them; ``mean`` and ``std`` are those of
-            the latents that become cells.
+        latent_channels, options: of the folding; ``mean`` and ``std`` are those of the latents
+            that become cells.
 
     Raises:
-        TypeError: an option that there is none of.
+        TypeError, ValueError: an option that is missing, unknown or does not fit.
     """
     config = {k: v for k, v in autoencoder.config.items() if not k.startswith("_")}
-    options = dict(options)
-    latents = options.pop("latent_channels")
     fold = {
         "channels": config["latent_channels"],
         "factor": 4,
@@ -54,7 +57,9 @@ def add_folding(autoencoder: SceneAutoencoder, options: dict) -> SceneAutoencode
         **options,
     }
     unknown = {"latents_mean": None, "latents_std": None, "preview": None}
-    folded = SceneAutoencoder(**config | unknown | {"latent_channels": latents, "fold": fold})
+    folded = SceneAutoencoder(
+        **config | unknown | {"latent_channels": latent_channels, "fold": fold}
+    )
     folded.load_state_dict(autoencoder.state_dict(), strict=False)
     return folded
 
@@ -98,7 +103,8 @@ def cell_pool(tables: dict, autoencoder: SceneAutoencoder) -> Pool:
     """The cells of a recipe's ``[[data]]``, built where need be."""
     store = SpriteStore(Path(tables["art"]["cache"]))
     configs = [from_table(CacheConfig, table, "data") for table in tables["data"]]
-    folders = [build_scene_cache(config, store, autoencoder) for config in configs]
+    with join_processes().main_process_first():
+        folders = [build_scene_cache(config, store, autoencoder) for config in configs]
     return Pool(folders, [config.weight for config in configs])
 
 
@@ -112,9 +118,7 @@ def main(tables: dict, autoencoder: SceneAutoencoder, output: Path, resume: bool
     noise = tables["model"].get("latent_noise", 0.1)
     torch.manual_seed(loop.seed)
     preview = autoencoder.config.preview
-    autoencoder = from_table(
-        lambda **options: add_folding(autoencoder, options), tables["fold"], "fold"
-    )
+    autoencoder = from_table(partial(add_folding, autoencoder), tables["fold"], "fold")
     pool = cell_pool(tables, autoencoder)
     # Enough of each size for its statistics, from all over the caches.
     some = [group[:: -(-len(group) // 2048)].float() for group in pool.latents]
