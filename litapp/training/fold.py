@@ -45,8 +45,11 @@ def add_folding(
             that become cells.
 
     Raises:
-        TypeError, ValueError: an option that is missing, unknown or does not fit.
+        TypeError, ValueError: an option that is missing, unknown or does not fit, or an autoencoder
+            that folds already.
     """
+    if autoencoder.folding is not None:
+        raise ValueError("[model] start folds already: name the autoencoder before that")
     config = {k: v for k, v in autoencoder.config.items() if not k.startswith("_")}
     fold = {
         "channels": config["latent_channels"],
