@@ -143,7 +143,7 @@ class SimplifiedLinearAttention(nn.Module):
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-6) -> Tensor:
-    """``q (k^T v) / (q sum_j k_j^T)``, O(N d^2).
+    """``q (k^T v) / (q sum_j k_j^T)``, O(N d^2), or O(N^2 d) where that is less.
 
     Args:
         query, key, value: (B, heads, N, d). Features below 0, as GELU's, can bring the normaliser
@@ -155,7 +155,13 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-
     """
     # fp32, and both sums divided by N (it cancels): at N = 4096 they overflow fp16.
     with torch.autocast(query.device.type, enabled=False):
-        query, key, value = query.float(), key.float(), value.float()
-        context = key.transpose(-1, -2) @ value / key.shape[-2]
-        normaliser = query @ key.mean(dim=-2, keepdim=True).transpose(-1, -2)
+        tokens, channels = key.shape[-2:]
+        query, key, value = query.float(), key.float() / tokens, value.float()
+        # Products may be taken in either order. With fewer tokens than channels the quadratic one
+        # is the cheaper; a network that is exported does not know its N, and is linear in it.
+        if isinstance(tokens, int) and tokens < channels:
+            scores = query @ key.transpose(-1, -2)
+            return scores @ value / (scores.sum(dim=-1, keepdim=True) + eps)
+        context = key.transpose(-1, -2) @ value
+        normaliser = query @ key.sum(dim=-2, keepdim=True).transpose(-1, -2)
         return query @ context / (normaliser + eps)

@@ -1,4 +1,4 @@
-"""The folding's last stage: its decoder learns from latents that a transformer predicts."""
+"""The autoencoder's last stage: the way back learns from latents that a transformer predicts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from litapp.errors import LitappError
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.models.lit import LiTTransformer2DModel
 from litapp.training import autoencoder as autoencoder_training
-from litapp.training import fold, refine
+from litapp.training import refine
+from litapp.training.codec import fold_cells
 from litapp.training.diffusion import DiffusionConfig
+from litapp.training.recipe import load_recipe
 
 SIDE = 256
-WAY_BACK = ("folding.decoder.", "folding.linear.")
+WAY_BACK = ("folding.decoder.", "folding.linear.", "decoder.")
 
 
 class BallStore:
@@ -39,7 +41,7 @@ def workshop(
 ) -> Path:
     """A recipe, an autoencoder and a transformer that predicts zeros, as an untrained one does."""
     monkeypatch.setattr(refine, "load_text_encoder", lambda: any_text)
-    monkeypatch.setattr(fold, "SpriteStore", BallStore)
+    monkeypatch.setattr(refine, "SpriteStore", BallStore)
     model = LiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -79,7 +81,7 @@ def workshop(
     return tmp_path
 
 
-def test_only_the_foldings_decoder_is_trained(workshop: Path) -> None:
+def test_only_the_way_back_is_trained(workshop: Path) -> None:
     output = workshop / "out"
     autoencoder_training.main(workshop / "recipe.toml", output, resume=True)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -89,7 +91,23 @@ def test_only_the_foldings_decoder_is_trained(workshop: Path) -> None:
         for folder in (workshop / "folded", output / "model")
     )
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
-    assert changed and all(name.startswith(WAY_BACK) for name in changed)
+    assert {part for part in WAY_BACK if any(name.startswith(part) for name in changed)} == {
+        *WAY_BACK
+    }
+    assert all(name.startswith(WAY_BACK) for name in changed)
+
+
+def test_pixels_are_those_of_the_scene_whose_latents_stand_beside_them(workshop: Path) -> None:
+    tables = load_recipe(workshop / "recipe.toml")
+    tables["data"][0] |= {"sizes": [[SIDE, SIDE, 1], [2 * SIDE, SIDE, 1]], "pictures": 512}
+    autoencoder = SceneAutoencoder.from_pretrained(workshop / "folded").eval()
+    pictures = refine.Pictures(tables, autoencoder)
+    assert set(pictures.sizes) == {(SIDE, SIDE), (2 * SIDE, SIDE)}
+    for group in range(2):
+        pixels = pictures.pixels(group, [0, 100])
+        latents = fold_cells(autoencoder, autoencoder.cells(pixels))
+        cached = pictures.pool.latents[group][[0, 100]].float()
+        torch.testing.assert_close(latents, cached, rtol=0.02, atol=0.02)
 
 
 def test_the_share_of_predicted_latents_is_the_one_asked_for(workshop: Path) -> None:

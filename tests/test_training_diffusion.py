@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,28 @@ def test_student_inherits_distils_samples_and_saves(workshop: Path) -> None:
     assert saved.config.attention == "lit"
     scheduler = json.loads((output / "model" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == "v_prediction"
+
+
+def test_a_student_takes_the_projections_that_the_recipe_names(
+    workshop: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(workshop, "paper")
+    papers = capsys.readouterr().err
+    recipe = (workshop / "recipe.toml").read_text()
+    table = '[inheritance]\nprojections = ["to_q", "to_k", "to_v", "to_out"]\n'
+    (workshop / "recipe.toml").write_text(recipe + table)
+    run(workshop, "all")
+    teacher = LiTTransformer2DModel.from_pretrained(workshop / "teacher")
+    more = 6 * teacher.config.num_layers  # weight and bias of Q, K and V
+    counts = [
+        int(re.search(r"(\d+) tensors inherited", text)[1])
+        for text in (papers, capsys.readouterr().err)
+    ]
+    assert counts[1] == counts[0] + more
+    (workshop / "recipe.toml").write_text(recipe + table.replace("to_q", "q"))
+    with pytest.raises(LitappError, match=r"\[inheritance\]: no projection 'q'"):
+        run(workshop, "none")
+    assert not (workshop / "none").exists()
 
 
 def test_the_same_recipe_gives_the_same_weights(workshop: Path) -> None:

@@ -25,7 +25,7 @@ from litapp.training.diffusion import DiffusionConfig
 from litapp.training.distributed import join_processes
 from litapp.training.loop import LoopConfig, train
 from litapp.training.losses import Diffusion, Distillation
-from litapp.training.objective import Objective, load_network
+from litapp.training.objective import InheritanceConfig, Objective, load_network
 from litapp.training.recipe import from_table, load_recipe
 
 # As DiT and LiT train: noise, and the bound of one timestep at full weight (docs/method.md).
@@ -94,7 +94,12 @@ class ClassSampler:
 
 
 def make_model(
-    options: dict, classes: int, seed: int, student: Path | None, mentor: nn.Module | None
+    options: dict,
+    classes: int,
+    seed: int,
+    student: Path | None,
+    mentor: nn.Module | None,
+    inheritance: InheritanceConfig = InheritanceConfig(),
 ) -> LiTDiTTransformer2DModel:
     """The network to train: read from ``student``, or fresh and inheriting from the mentor.
 
@@ -121,7 +126,7 @@ def make_model(
         model = LiTDiTTransformer2DModel(**dit_config(size, resolution, classes) | options)
         model.initialise()
         if mentor is not None:
-            report = inherit(model, mentor)
+            report = inherit(model, mentor, inheritance.projections)
             counts = f"{len(report.fresh)} fresh, {len(report.dropped)} dropped"
             print(f"{len(report.inherited)} tensors inherited, {counts}", file=sys.stderr)
     except (TypeError, ValueError) as error:
@@ -162,7 +167,8 @@ def main(
     pictures = None if cached else list_pictures(data)
     classes = len(cached.classes if cached else pictures.classes)
     mentor = load_network(teacher, "dit", tables.get("teacher", {})) if teacher else None
-    model = make_model(tables["model"], classes, loop.seed, student, mentor)
+    inheritance = from_table(InheritanceConfig, tables.get("inheritance", {}), "inheritance")
+    model = make_model(tables["model"], classes, loop.seed, student, mentor, inheritance)
     process = join_processes()
     if cached is None:
         size = model.config.sample_size * codec.reduction

@@ -39,7 +39,7 @@ from litapp.training.latents import (
 )
 from litapp.training.loop import LoopConfig, train
 from litapp.training.losses import PREDICTIONS, Diffusion, Distillation
-from litapp.training.objective import Objective, load_network
+from litapp.training.objective import InheritanceConfig, Objective, load_network
 from litapp.training.recipe import from_table, load_recipe
 from litapp.training.samples import SampleConfig, Sampler
 
@@ -112,11 +112,12 @@ def _model(tables: dict, student: Path | None, teacher: nn.Module | None) -> LiT
     torch.manual_seed(tables["loop"].get("seed", 0))
     if start:
         return _adapt(load_transformer(Path(start), "student"), options)
+    inheritance = from_table(InheritanceConfig, tables.get("inheritance", {}), "inheritance")
     model = LiTTransformer2DModel(**options)
     model.initialise()
     if teacher is not None:
         try:
-            report = inherit(model, teacher)
+            report = inherit(model, teacher, inheritance.projections)
         except ValueError as error:
             raise LitappError(f"this teacher does not fit the student: {error}") from error
         counts = f"{len(report.inherited)} tensors inherited, {len(report.fresh)} fresh"
@@ -139,12 +140,14 @@ def _adapt(network: LiTTransformer2DModel, changes: dict) -> LiTTransformer2DMod
     return model
 
 
-def choose_cross_attention(model: LiTTransformer2DModel) -> None:
-    """On a CPU, attention to the text as plain products: the fused one's bf16 gradient takes 6x."""
+def choose_attention(model: LiTTransformer2DModel) -> None:
+    """On a CPU, softmax attention as plain products: the fused one's bf16 gradient takes 6x."""
     if torch.cuda.is_available():
         return
     for block in model.transformer_blocks:
         block.attn2.set_processor(AttnProcessor())
+        if model.config.attention == "softmax":
+            block.attn1.set_processor(AttnProcessor())
 
 
 def load_text(tables: dict, length: int) -> tuple[Tokenizer, TextEncoder]:
@@ -251,7 +254,7 @@ def main(
     codec = load_codec(Path(tables["autoencoder"]["path"]))
     mentor = load_network(teacher, "pixart", tables.get("teacher", {})) if teacher else None
     model = _model(tables, student, mentor)
-    choose_cross_attention(model)
+    choose_attention(model)
     text = load_text(tables, config.text_length)
     _check_channels(model, text, codec)
     size = model.config.sample_size * codec.reduction if data else None

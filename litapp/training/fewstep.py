@@ -19,7 +19,7 @@ from litapp.errors import LitappError
 from litapp.models.text_encoder import load_text_encoder
 from litapp.training.codec import load_codec
 from litapp.training.diffusion import (
-    choose_cross_attention,
+    choose_attention,
     load_latents,
     load_transformer,
     save_run,
@@ -164,7 +164,7 @@ def main(recipe: Path, output: Path, resume: bool, teacher: Path) -> None:
     mentor, model = (load_transformer(teacher / "transformer", "teacher") for _ in range(2))
     mentor.eval().requires_grad_(False)
     for network in (mentor, model):
-        choose_cross_attention(network)
+        choose_attention(network)
     try:
         scheduler = DDPMScheduler.from_pretrained(teacher / "scheduler")
     except (OSError, ValueError) as error:

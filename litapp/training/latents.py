@@ -30,6 +30,7 @@ from litapp.training.compose import Composer
 from litapp.training.data.art import SpriteStore, load_concepts
 from litapp.training.data.folder import list_folder
 from litapp.training.data.scenes import Mix, Scene, render, sample_scene
+from litapp.training.loop import choose_precision
 from litapp.training.recipe import from_table
 
 SHARD = 128
@@ -86,7 +87,7 @@ def fold_cache(folder: Path, autoencoder: SceneAutoencoder) -> Path:
     """
     if autoencoder.folding is None:
         return folder
-    shards = sorted(folder.glob("shard-*.safetensors"))
+    shards = list(shard_paths(folder).values())
     source = digest([(path, "cells") for path in shards], autoencoder)
     folded = open_cache(folder / "folded", "source.json", {"source": source})
     for path in track(shards, f"folding {folder.name}"):
@@ -148,6 +149,11 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
+def shard_paths(folder: Path) -> dict[int, Path]:
+    """The files of a cache by the numbers of their shards, in order."""
+    return {int(path.stem[6:]): path for path in sorted(folder.glob("shard-*.safetensors"))}
+
+
 @torch.no_grad()
 def build_folder_cache(data: Path, folder: Path, codec: SceneCodec | KLCodec, size: int) -> Path:
     """Encode a user's own pictures (imagefolder with ``metadata.jsonl``), cropped square.
@@ -191,7 +197,7 @@ class Pool:
     def __init__(self, folders: list[Path], weights: list[float] | None = None) -> None:
         groups: dict[tuple[int, ...], tuple[list, list, list]] = {}
         for folder, weight in zip(folders, weights or [1.0] * len(folders), strict=True):
-            for path in sorted(folder.glob("shard-*.safetensors")):
+            for path in shard_paths(folder).values():
                 latents, words = _read_shard(path)
                 group = groups.setdefault(tuple(latents.shape[1:]), ([], [], []))
                 for known, new in zip(group, ([latents], words, [weight] * len(words))):
@@ -241,8 +247,9 @@ class LatentData:
         row = {words: index for index, words in enumerate(unique)}
         self.rows = [torch.tensor([row[w] for w in group]) for group in captions]
         self.empty = torch.tensor([row[""]])
-        texts = encode_texts(tokenizer, encoder, unique, text_length)
-        self.states, self.pooled = texts["states"].half(), texts["pooled"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=choose_precision("auto") == "bf16"):
+            texts = encode_texts(tokenizer, encoder, unique, text_length)
+        self.states, self.pooled = texts["states"].half(), texts["pooled"].float()
         self.mask = texts["mask"]
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,7 +11,24 @@ from torch import Tensor, nn
 
 from litapp.errors import LitappError
 from litapp.models.convert import load_teacher
+from litapp.models.inherit import PROJECTIONS
 from litapp.training.losses import Diffusion, Distillation, diffusion_loss, distillation_loss
+
+
+@dataclass(frozen=True)
+class InheritanceConfig:
+    """The ``[inheritance]`` table: what a fresh student takes of its teacher's self-attention.
+
+    ``projections`` are some of ``to_q``, ``to_k``, ``to_v`` and ``to_out``; without them it is the
+    paper's rule for the family. All four were best here (``docs/method.md``, table 3).
+    """
+
+    projections: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.projections or ():
+            if name not in PROJECTIONS:
+                raise ValueError(f"no projection {name!r}: use some of {', '.join(PROJECTIONS)}")
 
 
 class Objective:
