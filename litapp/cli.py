@@ -97,7 +97,9 @@ def generate(
     model: Annotated[
         str | None, typer.Option(help="Name or folder of a model. [lit-scenes-1k]")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, directml or coreml.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, openvino, cuda, directml or coreml.")
+    ] = "auto",
     output: Annotated[
         Path, typer.Option("--output", "-o", help="A .png file, or a folder.")
     ] = Path(),
@@ -170,7 +172,9 @@ def variations(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first one.")] = 1,
     model: Annotated[str | None, typer.Option(help="Name or folder of a model.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, directml or coreml.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, openvino, cuda, directml or coreml.")
+    ] = "auto",
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder.")] = Path(),
     sheet: Annotated[
         Path | None, typer.Option(help="Also write all pictures side by side to this .png file.")
@@ -205,7 +209,9 @@ def variations(
 @app.command()
 def ui(
     model: Annotated[str, typer.Option(help="Name or folder of a model.")] = "lit-scenes-1k",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, directml or coreml.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, openvino, cuda, directml or coreml.")
+    ] = "auto",
     port: Annotated[
         int | None, typer.Option(help="Port on 127.0.0.1; 0 takes any. [7860 or the next free one]")
     ] = None,
@@ -255,7 +261,9 @@ def bench(
     ] = [256, 512, 1024],  # noqa: B006
     steps: Annotated[int | None, typer.Option(help="Denoising steps. [the model's]")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Pictures of each size.")] = 5,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, directml or coreml.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, openvino, cuda, directml or coreml.")
+    ] = "auto",
 ) -> None:
     """Time a model on this computer: prints one row of a table."""
     from litapp.bench import measure, peak_memory, table

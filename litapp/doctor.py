@@ -7,11 +7,18 @@ import os
 import platform
 import shutil
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from litapp import __version__
 from litapp.bundle import Bundle, home, list_bundles, load
-from litapp.engines import available_devices, physical_cores
+from litapp.engines import (
+    available_devices,
+    choose_device,
+    has_openvino,
+    multiplies_bf16,
+    physical_cores,
+)
 from litapp.errors import LitappError
 from litapp.memory import predict
 from litapp.pipeline import DEFAULT_MODEL
@@ -33,6 +40,8 @@ def report() -> dict[str, str]:
         "memory": f"{_gigabytes(total)}, {_gigabytes(available)} available",
         "disk": f"{_gigabytes(_free_disk(home()))} free at {home()}",
         "ONNX Runtime": f"{onnxruntime.__version__}, devices: {', '.join(available_devices())}",
+        "OpenVINO": _openvino(),
+        "device": f"--device auto is {choose_device('auto')}",
         "models": ", ".join(sorted(models)) or "none",
         "default model": "installed" if DEFAULT_MODEL in models else f"{DEFAULT_MODEL} is missing",
         "a picture": _needs(),
@@ -48,6 +57,18 @@ def shortage(bundle: Bundle, width: int, height: int) -> str | None:
         f"a picture of {width}x{height} takes about {_gigabytes(needed)} of memory, and"
         f" {_gigabytes(available)} are available: it may be slow or fail"
     )
+
+
+def _openvino() -> str:
+    """Whether it is installed, and whether it would be faster here."""
+    if has_openvino():
+        return metadata.version("openvino")
+    if multiplies_bf16():
+        return (
+            "not installed; this processor multiplies bf16, where it decodes a picture in less"
+            ' time: pip install "litapp[openvino]"'
+        )
+    return "not installed, and no faster on this processor"
 
 
 def _needs() -> str:

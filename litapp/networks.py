@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from litapp.bundle import Bundle, home
-from litapp.engines import GraphCache, Network, open_network, providers_for
+from litapp.engines import OPENVINO, GraphCache, Network, choose_device, open_network
 from litapp.errors import LitappError
 from litapp.manifest import ENCODER
 
@@ -67,7 +67,7 @@ class Networks:
         exact = path.with_name("model_fp32.onnx")
         if exact.relative_to(self._bundle.root).as_posix() in self._bundle.manifest.files:
             path = exact
-        elif providers_for(self._device) == providers_for("cpu"):
+        elif self._device_of(component) == "cpu":
             raise LitappError(
                 f"the {_name(component)} returned NaN or infinite values, so no picture was kept;"
                 " try another seed, a lower guidance or --device cpu"
@@ -89,7 +89,17 @@ class Networks:
 
     def _load(self, component: str) -> Network:
         path, cache = self._bundle.component(component), GraphCache(home() / "cache" / "graphs")
-        return open_network(path, self._device, self._outputs(component), self._prepare, cache)
+        device = self._device_of(component)
+        return open_network(path, device, self._outputs(component), self._prepare, cache)
+
+    def _device_of(self, component: str) -> str:
+        """Where a network runs: products in int8 or int4 are ONNX Runtime's, on any processor.
+
+        OpenVINO took 1.2 to 4 times as long for those of int8 (``docs/performance.md``).
+        """
+        device = choose_device(self._device)
+        precision = self._bundle.manifest.components[component].precision
+        return "cpu" if device == OPENVINO and precision in ("int8", "int4") else device
 
     def _outputs(self, component: str) -> tuple[str, ...]:
         pools = component != "text_encoder" or self._bundle.manifest.pooled

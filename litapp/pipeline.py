@@ -64,7 +64,7 @@ class TextToImage:
 
     Args:
         bundle: a model.
-        device: ``auto``, ``cpu``, ``cuda``, ``directml`` or ``coreml``.
+        device: ``auto``, ``cpu``, ``openvino``, ``cuda``, ``directml`` or ``coreml``.
         resident: keep each network after its first use, until :meth:`unload`. A single picture
             needs less memory without.
         decode_budget: bytes that decoding may take beside its weights; above, the picture is

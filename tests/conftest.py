@@ -145,6 +145,12 @@ def build_bundle(root: Path) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def same_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` is ONNX Runtime on every processor: OpenVINO would draw some pixels otherwise."""
+    monkeypatch.setattr("litapp.engines.multiplies_bf16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def built_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_bundle(tmp_path_factory.mktemp("bundles") / "tiny")

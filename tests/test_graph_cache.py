@@ -70,6 +70,12 @@ def test_a_home_that_cannot_be_written_is_done_without(
     np.testing.assert_array_equal(drawn(tiny), first)
 
 
+def test_a_configuration_beside_the_graph_is_no_hindrance(tiny: Path) -> None:
+    (tiny / "transformer/config.json").write_text("{}")
+    drawn(tiny)
+    assert len(graphs()) == 3
+
+
 def test_weights_beside_the_graph_are_not_kept(tiny: Path) -> None:
     (tiny / "transformer/model.onnx_data").touch()
     drawn(tiny)

@@ -97,6 +97,31 @@ def test_only_the_way_back_is_trained(workshop: Path) -> None:
     assert all(name.startswith(WAY_BACK) for name in changed)
 
 
+def test_a_window_is_that_part_of_the_whole_picture(folded: Path) -> None:
+    autoencoder = SceneAutoencoder.from_pretrained(folded).eval()
+    latents = torch.randn(1, 6, 4, 4)
+    unit = autoencoder.cell_reduction
+    decode = refine._Decode(autoencoder)
+    cells = 4 * autoencoder.reduction // unit
+    with torch.no_grad():
+        whole = decode(latents, 0, 0, cells)
+        torch.testing.assert_close(
+            whole, autoencoder.decode(autoencoder.denormalise(latents)), rtol=1e-4, atol=1e-4
+        )
+        part = decode(latents, cells - 3, 2, 3)
+    inner = slice(unit, 2 * unit)  # its middle cell: the margin hides most of the cut
+    expected = whole[..., (cells - 3) * unit :, 2 * unit : 5 * unit]
+    assert part.shape == expected.shape
+    torch.testing.assert_close(
+        part[..., inner, inner], expected[..., inner, inner], rtol=0, atol=0.2
+    )
+    with pytest.raises(AssertionError):
+        shifted = whole[..., (cells - 3) * unit :, 3 * unit : 6 * unit]
+        torch.testing.assert_close(
+            part[..., inner, inner], shifted[..., inner, inner], rtol=0, atol=0.2
+        )
+
+
 def test_pixels_are_those_of_the_scene_whose_latents_stand_beside_them(workshop: Path) -> None:
     tables = load_recipe(workshop / "recipe.toml")
     tables["data"][0] |= {"sizes": [[SIDE, SIDE, 1], [2 * SIDE, SIDE, 1]], "pictures": 512}

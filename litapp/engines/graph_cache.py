@@ -15,7 +15,7 @@ __all__ = ["GraphCache"]
 
 # What is larger gains little by it: there the weights are what takes the time.
 LARGEST = 256 << 20
-# Of all graphs together; those that were used last stay.
+# Of all graphs and blobs together; those that were used, or made, last stay.
 CAPACITY = 1 << 30
 
 
@@ -39,6 +39,13 @@ class GraphCache:
             return None
         return found
 
+    @property
+    def blobs(self) -> Path | None:
+        """Where OpenVINO may keep what it compiles, or None where nothing can be written."""
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        return self._folder if os.access(self._folder, os.W_OK) else None
+
     def drop(self, path: Path) -> None:
         """Forget a graph that could not be read."""
         with contextlib.suppress(OSError):
@@ -55,7 +62,8 @@ class GraphCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             draft.touch(exist_ok=False)
-            alone = all(sibling.suffix == ".onnx" for sibling in path.parent.iterdir())
+            # Weights in files of their own would have to be kept too.
+            alone = all(sibling.suffix in (".onnx", ".json") for sibling in path.parent.iterdir())
             wanted = alone and path.stat().st_size <= LARGEST
         except OSError:
             wanted = False
@@ -64,7 +72,7 @@ class GraphCache:
             with contextlib.suppress(OSError):
                 if wanted and draft.stat().st_size:
                     draft.replace(self._place(path))
-                    self._prune()
+                    self.prune()
         finally:
             with contextlib.suppress(OSError):
                 draft.unlink()
@@ -82,8 +90,10 @@ class GraphCache:
         )
         return self._folder / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}.onnx"
 
-    def _prune(self) -> None:
-        graphs = [(graph.stat(), graph) for graph in self._folder.glob("[!.]*.onnx")]
+    def prune(self) -> None:
+        """Drop what is too much."""
+        found = [*self._folder.glob("[!.]*.onnx"), *self._folder.glob("*.blob")]
+        graphs = [(graph.stat(), graph) for graph in found]
         kept = 0
         for about, graph in sorted(graphs, key=lambda entry: -entry[0].st_mtime):
             kept += about.st_size

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from litapp.engines.graph_cache import GraphCache
-from litapp.errors import EXIT_USAGE, LitappError
+from litapp.errors import LitappError
 
-__all__ = ["DEVICES", "OnnxNetwork", "available_devices", "physical_cores", "providers_for"]
+__all__ = ["PROVIDERS", "OnnxNetwork", "available_devices", "physical_cores", "providers_for"]
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -22,12 +22,11 @@ PROVIDERS = {
     "directml": "DmlExecutionProvider",
     "coreml": "CoreMLExecutionProvider",
 }
-DEVICES = ("auto", *PROVIDERS)
 _PACKAGES = {"cuda": "onnxruntime-gpu", "directml": "onnxruntime-directml"}
 
 
 def available_devices() -> list[str]:
-    """The ``--device`` names the installed ONNX Runtime can serve; always has ``"cpu"``."""
+    """The devices that the installed ONNX Runtime can serve; always has ``"cpu"``."""
     import onnxruntime
 
     offered = set(onnxruntime.get_available_providers())
@@ -35,19 +34,15 @@ def available_devices() -> list[str]:
 
 
 def providers_for(device: str) -> list[str]:
-    """Execution providers for a ``--device``, the wanted one first and the CPU as its fallback.
+    """Execution providers for a device, the wanted one first and the CPU as its fallback.
 
-    ``auto`` takes CUDA or DirectML where installed, else the CPU. Core ML is not chosen by itself:
-    it compiles a network anew for every picture size, which costs more than it gains.
+    Args:
+        device: one of :data:`PROVIDERS`.
 
     Raises:
-        LitappError: the name is unknown, or the installed ONNX Runtime has no such provider.
+        LitappError: the installed ONNX Runtime has no such provider.
     """
-    if device not in DEVICES:
-        raise LitappError(f"no device {device!r}; choose one of {', '.join(DEVICES)}", EXIT_USAGE)
     available = available_devices()
-    if device == "auto":
-        device = next((name for name in ("cuda", "directml") if name in available), "cpu")
     if device not in available:
         hint = f"; install {_PACKAGES[device]} to add it" if device in _PACKAGES else ""
         raise LitappError(

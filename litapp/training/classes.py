@@ -99,7 +99,7 @@ def make_model(
     seed: int,
     student: Path | None,
     mentor: nn.Module | None,
-    inheritance: InheritanceConfig = InheritanceConfig(),
+    inheritance: InheritanceConfig,
 ) -> LiTDiTTransformer2DModel:
     """The network to train: read from ``student``, or fresh and inheriting from the mentor.
 

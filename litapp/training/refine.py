@@ -36,6 +36,9 @@ from litapp.training.loop import LoopConfig, train
 from litapp.training.losses import Diffusion
 from litapp.training.recipe import from_table
 
+# Cells around a window that are decoded with it, so that its border is not taken for the picture's.
+MARGIN = 2
+
 
 @dataclass(frozen=True)
 class PredictionConfig:
@@ -47,6 +50,8 @@ class PredictionConfig:
         first: range of the timesteps to which true latents are noised before prediction.
         last: timestep of the prediction that the decoder sees, as the app's sampler ends.
         steps: DDIM steps from one to the other, two at least.
+        window: cells along each side of the part of a picture that is decoded to pixels, which
+            is where the time goes; a step decodes the same part of all its pictures.
     """
 
     model: str
@@ -54,9 +59,12 @@ class PredictionConfig:
     first: tuple[int, int] = (150, 700)
     last: int = 49
     steps: int = 4
+    window: int = 16
     text_length: int = 32
 
     def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError("window must be 1 cell at least")
         if not 0 <= self.last < self.first[0] < self.first[1]:
             raise ValueError("last and first must rise: last < first[0] < first[1]")
         if self.steps < 2:
@@ -139,16 +147,22 @@ class Pictures:
 
 
 class _Decode(nn.Module):
-    """The way back alone, from normalised latents to pixels."""
+    """The way back alone, from normalised latents to the pixels of one window."""
 
     def __init__(self, autoencoder: SceneAutoencoder) -> None:
         super().__init__()
         self.autoencoder = autoencoder
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, top: int, left: int, side: int) -> Tensor:
+        """(B, C, h, w) latents to premultiplied RGBA of ``side`` cells from row ``top`` on."""
+        network, unit = self.autoencoder, self.autoencoder.cell_reduction
         # With channels last bf16 convolutions take half as long forward on CPUs.
-        latents = latents.contiguous(memory_format=torch.channels_last)
-        return self.autoencoder.decode(self.autoencoder.denormalise(latents))
+        latents = network.denormalise(latents).contiguous(memory_format=torch.channels_last)
+        cells = network.folding.denormalise(network.folding.decode(latents))
+        y, x = max(top - MARGIN, 0), max(left - MARGIN, 0)
+        cells = cells[..., y : top + side + MARGIN, x : left + side + MARGIN]
+        pixels = network.decoder(cells)[..., (top - y) * unit :, (left - x) * unit :]
+        return pixels[..., : side * unit, : side * unit] * 0.5 + 0.5
 
 
 def main(tables: dict, autoencoder: SceneAutoencoder, output: Path, resume: bool) -> None:
@@ -180,8 +194,14 @@ def main(tables: dict, autoencoder: SceneAutoencoder, output: Path, resume: bool
     def loss_function(model: nn.Module, batch: tuple, generator: torch.Generator):
         latents, group, chosen = batch  # what tensors tell can be shared out to processes
         captions = [pool.captions[group][index] for index in chosen.tolist()]
-        target = pictures.pixels(int(group), chosen.tolist())
-        result = model(predictor(latents, captions, generator))
+        unit, sides = autoencoder.cell_reduction, pictures.sizes[int(group)]
+        width, height = (pixels // unit for pixels in sides)
+        side = min(config.window, width, height)
+        top = int(torch.randint(height - side + 1, (), generator=generator))
+        left = int(torch.randint(width - side + 1, (), generator=generator))
+        whole = pictures.pixels(int(group), chosen.tolist())
+        target = whole[..., top * unit :, left * unit :][..., : side * unit, : side * unit]
+        result = model(predictor(latents, captions, generator), top, left, side)
         loss = reconstruction_loss(result.float(), target, edges=1.0)
         return loss, {"psnr": psnr(result.detach().float(), target)}
 
