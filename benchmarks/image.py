@@ -1,7 +1,8 @@
 """Prompt to PNG with a bundle: ``python benchmarks/image.py``, warm by phase and cold as a whole.
 
-Warm: networks loaded and used once. Cold: a new ``litapp generate`` process, from its start to the
-PNG on disk, with the peak of its resident memory. Needs the runtime only.
+Devices take turns, so that their ratio is of one run. Warm: networks loaded and used once. Cold: a
+new ``litapp generate`` process, from its start to the PNG on disk, with the peak of its resident
+memory. Needs the runtime only.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ def warm(model: TextToImage, size: int, steps: int | None, folder: Path) -> dict
     return {**seconds, "warm": sum(seconds.values())}
 
 
-def cold(name: str, size: int, steps: int | None, folder: Path) -> tuple[float, float]:
+def cold(
+    model: TextToImage, name: str, size: int, steps: int | None, folder: Path
+) -> tuple[float, float]:
     """Wall seconds and peak MB of one command."""
     command = [sys.executable, "-m", "litapp", "generate", PROMPT, "--model", name]
-    command += ["--res", str(size), "--output", str(folder / "cold.png")]
+    command += ["--res", str(size), "--output", str(folder / "cold.png"), "--device", model.device]
     command += ["--steps", str(steps)] if steps else []
     seconds, peak, _ = run_process(command)
     return seconds, peak
@@ -42,26 +45,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="lit-scenes-1k")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    parser.add_argument("--devices", nargs="+", default=["cpu"])
     parser.add_argument("--steps", type=int, help="denoising steps; the bundle's own if not given")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    model = TextToImage.load(arguments.model, resident=True)
-    timings: dict[int, list[dict[str, float]]] = {size: [] for size in arguments.sizes}
+    name, steps = arguments.model, arguments.steps
+    models = [TextToImage.load(name, device, resident=True) for device in arguments.devices]
+    cases = [(size, model) for size in arguments.sizes for model in models]
+    timings: list[list[dict[str, float]]] = [[] for _ in cases]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for turn in range(arguments.rounds + 1):
-            for size in arguments.sizes:
-                row = warm(model, size, arguments.steps, folder)
-                seconds, peak = cold(arguments.model, size, arguments.steps, folder)
-                if turn:  # the first one of each size warms up
-                    timings[size].append({**row, "cold": seconds, "peak": peak})
-    steps = arguments.steps or model.bundle.manifest.steps
+            for (size, model), found in zip(cases, timings, strict=True):
+                row = warm(model, size, steps, folder)
+                seconds, peak = cold(model, name, size, steps, folder)
+                if turn:  # the first one of each warms up
+                    found.append({**row, "cold": seconds, "peak": peak})
     units = {"warm": "warm, s", "cold": "cold, s", "peak": "cold peak, MB"}
     rows = []
-    for size, runs in timings.items():
+    for (size, model), runs in zip(cases, timings, strict=True):
         figures = {units.get(k, f"{k}, s"): median([run[k] for run in runs]) for k in runs[0]}
-        rows.append({"size": f"{size}x{size}", "steps": steps, **figures})
+        about = {"size": f"{size}x{size}", "device": model.device}
+        rows.append({**about, "steps": steps or model.bundle.manifest.steps, **figures})
     show(rows, arguments.json)
 
 

@@ -12,6 +12,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def serve(row: str, case: str, layers: int, folder: Path) -> None:
     """Run once, keep the output, and run again for every line on stdin; prints seconds."""
     import time
 
-    call = build(row, case, layers, folder)
+    with redirect_stdout(sys.stderr):  # nncf shows its progress there
+        call = build(row, case, layers, folder)
     np.save(folder / f"{row}.npy", call())
     print("ready", flush=True)
     for _ in sys.stdin:

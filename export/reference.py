@@ -25,7 +25,7 @@ from litapp.export.parity import (
 from litapp.export.source import Source
 from litapp.manifest import COMPONENTS, ENCODER
 from litapp.samplers import NoiseSchedule, ddim
-from litapp.text import tokenize
+from litapp.text import PromptTokenizer
 
 __all__ = ["answer", "draw_reference", "sample_reference"]
 
@@ -96,7 +96,7 @@ def _read_picture(encoder: Network, path: Path) -> Call:
 def _text(source: Source, rng: np.random.Generator) -> Arrays:
     if source.tokenizer is not None:
         path = source.root / "tokenizer/tokenizer.json"
-        ids, mask = tokenize(path, PROMPTS, LENGTH)
+        ids, mask = PromptTokenizer(path, LENGTH)(PROMPTS)
         return {"input_ids": ids, "attention_mask": mask}
     words = source.config("text_encoder")["vocab_size"]
     mask = np.ones((4, LENGTH), dtype=np.int64)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from litapp.networks import OUTPUTS, Networks, Runner
 from litapp.preview import preview_image
 from litapp.request import Request
 from litapp.samplers import SAMPLERS, NoiseSchedule, Step
-from litapp.text import tokenize
+from litapp.text import PromptTokenizer
 from litapp.tiles import decode_tiles, plan_tiles
 
 __all__ = ["DEFAULT_MODEL", "CanvasPlan", "Picture", "TextToImage", "plan_canvas"]
@@ -119,6 +120,10 @@ class TextToImage:
     ) -> TextToImage:
         """Find a bundle, check its files and be ready; networks are read when they are needed."""
         return cls(load(name_or_path), device, resident=resident)
+
+    @cached_property
+    def _tokenize(self) -> PromptTokenizer:
+        return PromptTokenizer(self.bundle.tokenizer, self.bundle.manifest.max_length)
 
     def prefetch(self) -> None:
         """Begin to read the networks in another thread, unless they are kept or too large."""
@@ -298,7 +303,7 @@ class TextToImage:
         prompts = [request.prompt]
         if request.guidance != 1:
             prompts.append(request.negative_prompt)
-        ids, mask = tokenize(self.bundle.tokenizer, prompts, self.bundle.manifest.max_length)
+        ids, mask = self._tokenize(prompts)
         encode = self._runner("text_encoder")
         shapes = ((*ids.shape, -1), (len(ids), -1))[: 1 + self.bundle.manifest.pooled]
         states, *pooled = encode(*shapes, input_ids=ids, attention_mask=mask)
