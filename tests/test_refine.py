@@ -99,27 +99,33 @@ def test_only_the_way_back_is_trained(workshop: Path) -> None:
 
 def test_a_window_is_that_part_of_the_whole_picture(folded: Path) -> None:
     autoencoder = SceneAutoencoder.from_pretrained(folded).eval()
-    latents = torch.randn(1, 6, 4, 4)
+    latents = torch.randn(2, 6, 4, 4)
     unit = autoencoder.cell_reduction
     decode = refine._Decode(autoencoder)
-    cells = 4 * autoencoder.reduction // unit
+    side = 4 * autoencoder.reduction // unit
     with torch.no_grad():
-        whole = decode(latents, 0, 0, cells)
-        torch.testing.assert_close(
-            whole, autoencoder.decode(autoencoder.denormalise(latents)), rtol=1e-4, atol=1e-4
-        )
-        part = decode(latents, cells - 3, 2, 3)
-    inner = slice(unit, 2 * unit)  # its middle cell: the margin hides most of the cut
-    expected = whole[..., (cells - 3) * unit :, 2 * unit : 5 * unit]
-    assert part.shape == expected.shape
-    torch.testing.assert_close(
-        part[..., inner, inner], expected[..., inner, inner], rtol=0, atol=0.2
-    )
+        cells, whole = decode(latents, 2, refine.Window(0, 0, side))
+        expected = autoencoder.decode(autoencoder.denormalise(latents))
+        torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4)
+        window = refine.Window(side - 3, 2, 3)
+        again, part = decode(latents, 1, window)
+    assert torch.equal(cells, again)
+    assert part.shape == (1, 4, 3 * unit, 3 * unit)
+    middle = refine.Window(1, 1, 1)  # its margin hides most of the cut from that cell
+    near = {"rtol": 0, "atol": 0.2}
+    there = window.cut(whole[:1], unit)
+    torch.testing.assert_close(middle.cut(part, unit), middle.cut(there, unit), **near)
+    beside = refine.Window(side - 3, 3, 3).cut(whole[:1], unit)
     with pytest.raises(AssertionError):
-        shifted = whole[..., (cells - 3) * unit :, 3 * unit : 6 * unit]
-        torch.testing.assert_close(
-            part[..., inner, inner], shifted[..., inner, inner], rtol=0, atol=0.2
-        )
+        torch.testing.assert_close(middle.cut(part, unit), middle.cut(beside, unit), **near)
+
+
+def test_windows_lie_within_the_picture() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = [refine.Window.draw(6, 4, 3, generator) for _ in range(200)]
+    assert {window.top for window in found} == {0, 1, 2, 3}
+    assert {window.left for window in found} == {0, 1}
+    assert refine.Window.draw(6, 4, 9, generator).side == 4
 
 
 def test_pixels_are_those_of_the_scene_whose_latents_stand_beside_them(workshop: Path) -> None:
@@ -130,7 +136,9 @@ def test_pixels_are_those_of_the_scene_whose_latents_stand_beside_them(workshop:
     assert set(pictures.sizes) == {(SIDE, SIDE), (2 * SIDE, SIDE)}
     for group in range(2):
         pixels = pictures.pixels(group, [0, 100])
-        latents = fold_cells(autoencoder, autoencoder.cells(pixels))
+        cells = autoencoder.cells(pixels)
+        torch.testing.assert_close(pictures.cells(group, [0, 100]), cells, rtol=0.02, atol=0.02)
+        latents = fold_cells(autoencoder, cells)
         cached = pictures.pool.latents[group][[0, 100]].float()
         torch.testing.assert_close(latents, cached, rtol=0.02, atol=0.02)
 

@@ -2,18 +2,22 @@
 
 A transformer's latents are not an encoder's: what it is unsure of is averaged, and tokens do not
 quite meet at their edges. Here the whole way back, from latents to pixels, sees such latents beside
-the pictures that they stand for. The encoders stay as they are, and with them the latents.
+the cells, and for some the pixels, that they stand for: pixels cost ten times as much. The encoders
+stay as they are, and with them the latents.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from litapp.errors import LitappError
@@ -50,8 +54,8 @@ class PredictionConfig:
         first: range of the timesteps to which true latents are noised before prediction.
         last: timestep of the prediction that the decoder sees, as the app's sampler ends.
         steps: DDIM steps from one to the other, two at least.
-        window: cells along each side of the part of a picture that is decoded to pixels, which
-            is where the time goes; a step decodes the same part of all its pictures.
+        drawn: pictures of a step that are decoded to pixels.
+        window: cells along each side of the part of these that is decoded, the same of all.
     """
 
     model: str
@@ -59,12 +63,13 @@ class PredictionConfig:
     first: tuple[int, int] = (150, 700)
     last: int = 49
     steps: int = 4
+    drawn: int = 4
     window: int = 16
     text_length: int = 32
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError("window must be 1 cell at least")
+        if self.window < 1 or self.drawn < 1:
+            raise ValueError("window must be 1 cell at least, and drawn 1 picture")
         if not 0 <= self.last < self.first[0] < self.first[1]:
             raise ValueError("last and first must rise: last < first[0] < first[1]")
         if self.steps < 2:
@@ -117,7 +122,7 @@ class Predictor:
 
 
 class Pictures:
-    """Latents of a recipe's scenes, their captions and, drawn when asked for, their pixels.
+    """Latents of a recipe's scenes, their captions, cells and, drawn when asked for, pixels.
 
     Args:
         tables: a recipe's ``[art]`` and ``[[data]]``, whose caches are built where need be.
@@ -132,37 +137,72 @@ class Pictures:
             folders = [fold_cache(folder, autoencoder) for folder in cells]
         self.pool = Pool(folders, [config.weight for config in configs])
         # In the pool's own order: by size, as the shards are read.
-        groups: dict[tuple[int, int], list[Scene]] = {}
-        for config, folder in zip(configs, folders, strict=True):
-            for shard in shard_paths(folder):
+        groups: dict[tuple[int, int], list[tuple[Scene, Path, int]]] = {}
+        for config, folder in zip(configs, cells, strict=True):
+            for shard, path in shard_paths(folder).items():
                 size, scenes = shard_scenes(config, shard)
-                groups.setdefault(size, []).extend(scenes)
-        self.sizes, self.scenes = list(groups), list(groups.values())
+                rows = [(scene, path, row) for row, scene in enumerate(scenes)]
+                groups.setdefault(size, []).extend(rows)
+        self.sizes, self._rows = list(groups), list(groups.values())
+
+    def cells(self, group: int, chosen: list[int]) -> Tensor:
+        """(B, C, h, w) normalised cells of these pictures of a group, read from their cache."""
+        found = []
+        for _, path, row in map(self._rows[group].__getitem__, chosen):
+            with safe_open(path, "pt") as file:
+                found.append(file.get_slice("latents")[row])
+        return torch.stack(found).float()
 
     def pixels(self, group: int, chosen: list[int]) -> Tensor:
-        """(B, 4, H, W) premultiplied RGBA in [0, 1] of these pictures of a group."""
-        scenes = [self.scenes[group][index] for index in chosen]
+        """(B, 4, H, W) premultiplied RGBA in [0, 1] of these pictures."""
+        scenes = [self._rows[group][index][0] for index in chosen]
         drawn = [render(scene, self.store, *self.sizes[group]) for scene in scenes]
         return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
 
 
+@dataclass(frozen=True)
+class Window:
+    """A square part of a picture, in cells."""
+
+    top: int
+    left: int
+    side: int
+
+    @classmethod
+    def draw(cls, height: int, width: int, side: int, generator: torch.Generator) -> Window:
+        """One that lies within ``height`` x ``width`` cells, anywhere."""
+        side = min(side, height, width)
+        top, left = (
+            int(torch.randint(room - side + 1, (), generator=generator)) for room in (height, width)
+        )
+        return cls(top, left, side)
+
+    def cut(self, values: Tensor, unit: int = 1) -> Tensor:
+        """This part of (..., h, w) values, ``unit`` of them to a cell."""
+        rows, columns = (
+            slice(start * unit, (start + self.side) * unit) for start in (self.top, self.left)
+        )
+        return values[..., rows, columns]
+
+
 class _Decode(nn.Module):
-    """The way back alone, from normalised latents to the pixels of one window."""
+    """The way back alone, from normalised latents to cells and to the pixels of a window."""
 
     def __init__(self, autoencoder: SceneAutoencoder) -> None:
         super().__init__()
         self.autoencoder = autoencoder
 
-    def forward(self, latents: Tensor, top: int, left: int, side: int) -> Tensor:
-        """(B, C, h, w) latents to premultiplied RGBA of ``side`` cells from row ``top`` on."""
-        network, unit = self.autoencoder, self.autoencoder.cell_reduction
+    def forward(self, latents: Tensor, drawn: int, window: Window) -> tuple[Tensor, Tensor]:
+        """Normalised cells of all latents, and premultiplied RGBA of the first ``drawn``."""
+        network = self.autoencoder
         # With channels last bf16 convolutions take half as long forward on CPUs.
         latents = network.denormalise(latents).contiguous(memory_format=torch.channels_last)
-        cells = network.folding.denormalise(network.folding.decode(latents))
-        y, x = max(top - MARGIN, 0), max(left - MARGIN, 0)
-        cells = cells[..., y : top + side + MARGIN, x : left + side + MARGIN]
-        pixels = network.decoder(cells)[..., (top - y) * unit :, (left - x) * unit :]
-        return pixels[..., : side * unit, : side * unit] * 0.5 + 0.5
+        cells = network.folding.decode(latents)
+        y, x = max(window.top - MARGIN, 0), max(window.left - MARGIN, 0)
+        bottom, right = (start + window.side + MARGIN for start in (window.top, window.left))
+        pixels = network.decoder(network.folding.denormalise(cells[:drawn, :, y:bottom, x:right]))
+        inner = Window(window.top - y, window.left - x, window.side)
+        return cells, inner.cut(pixels, network.cell_reduction) * 0.5 + 0.5
 
 
 def main(tables: dict, autoencoder: SceneAutoencoder, output: Path, resume: bool) -> None:
@@ -193,17 +233,17 @@ def main(tables: dict, autoencoder: SceneAutoencoder, output: Path, resume: bool
 
     def loss_function(model: nn.Module, batch: tuple, generator: torch.Generator):
         latents, group, chosen = batch  # what tensors tell can be shared out to processes
-        captions = [pool.captions[group][index] for index in chosen.tolist()]
-        unit, sides = autoencoder.cell_reduction, pictures.sizes[int(group)]
-        width, height = (pixels // unit for pixels in sides)
-        side = min(config.window, width, height)
-        top = int(torch.randint(height - side + 1, (), generator=generator))
-        left = int(torch.randint(width - side + 1, (), generator=generator))
-        whole = pictures.pixels(int(group), chosen.tolist())
-        target = whole[..., top * unit :, left * unit :][..., : side * unit, : side * unit]
-        result = model(predictor(latents, captions, generator), top, left, side)
-        loss = reconstruction_loss(result.float(), target, edges=1.0)
-        return loss, {"psnr": psnr(result.detach().float(), target)}
+        group, chosen = int(group), chosen.tolist()
+        cells = pictures.cells(group, chosen)
+        window = Window.draw(*cells.shape[2:], config.window, generator)
+        drawn = math.ceil(config.drawn * len(chosen) / loop.batch_size)
+        target = window.cut(pictures.pixels(group, chosen[:drawn]), autoencoder.cell_reduction)
+        captions = [pool.captions[group][index] for index in chosen]
+        found, pixels = model(predictor(latents, captions, generator), drawn, window)
+        error = F.mse_loss(found.float(), cells)
+        loss = error + reconstruction_loss(pixels.float(), target, edges=1.0)
+        share = error.item() / cells.var().item()
+        return loss, {"share": share, "psnr": psnr(pixels.detach().float(), target)}
 
     train(_Decode(autoencoder), loss_function, batches, loop, output, resume)
     save_model(autoencoder, output)
