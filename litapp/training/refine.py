@@ -150,8 +150,9 @@ class Pictures:
         found = []
         for _, path, row in map(self._rows[group].__getitem__, chosen):
             with safe_open(path, "pt") as file:
-                found.append(file.get_slice("latents")[row])
-        return torch.stack(found).float()
+                # Not as float16, which autocast on CPUs refuses to stack.
+                found.append(file.get_slice("latents")[row].float())
+        return torch.stack(found)
 
     def pixels(self, group: int, chosen: list[int]) -> Tensor:
         """(B, 4, H, W) premultiplied RGBA in [0, 1] of these pictures."""
