@@ -1,7 +1,7 @@
 """Collect finished networks in bf16 into a folder to keep, to export and to train from.
 
-``python -m litapp.training.publish --transformer runs/cut/model --autoencoder runs/decoder/model
---output weights/lit-scenes-1k``
+``python -m litapp.training.publish --transformer runs/lit/model --autoencoder runs/decoder/model
+--output weights/lit-scenes-1k``; a teacher, which shares its student's, goes without autoencoder.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ def main() -> None:
     """Read the command line and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--transformer", type=Path, required=True, help="a training run's model/")
-    parser.add_argument("--autoencoder", type=Path, required=True, help="a model/ or its folder")
+    parser.add_argument("--autoencoder", type=Path, help="a model/ or its folder")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     output: Path = arguments.output
     save_bf16(LiTTransformer2DModel, arguments.transformer / "transformer", output / "transformer")
-    save_bf16(SceneAutoencoder, arguments.autoencoder, output / "autoencoder")
+    if arguments.autoencoder:
+        save_bf16(SceneAutoencoder, arguments.autoencoder, output / "autoencoder")
     with replace_folder(output / "scheduler") as partial:
         shutil.copytree(arguments.transformer / "scheduler", partial, dirs_exist_ok=True)
 
