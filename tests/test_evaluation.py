@@ -20,7 +20,7 @@ from litapp.training.data.art import load_concepts
 from litapp.training.data.scenes import NUMBERS, held_out, render
 from litapp.training.data.words import plural
 from litapp.training.evaluation import retrieval, run, sceneeval
-from litapp.training.evaluation.draw import sample_set
+from litapp.training.evaluation.draw import Job, checkpoint_drawer, sample_set
 from litapp.training.evaluation.gallery import Gallery, build_gallery
 from litapp.training.evaluation.prompts import KINDS, ground_truth, load_prompts
 from litapp.training.evaluation.suites import Frechet, World
@@ -265,6 +265,49 @@ def test_what_cannot_be_evaluated_is_refused(options: dict, message: str) -> Non
 def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LitappError, match="is no checkpoint"):
         run.main(run.Options(checkpoint=tmp_path / "nothing"))
+
+
+def test_a_checkpoint_draws_as_its_own_model_toml_says(
+    autoencoder: Path, any_text: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from litapp.models import text_encoder
+    from litapp.models.lit import LiTTransformer2DModel
+    from litapp.training.diffusion import DiffusionConfig
+
+    monkeypatch.setattr(text_encoder, "load_text_encoder", lambda: any_text)
+    torch.manual_seed(0)
+    model = LiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=4,
+        patch_size=1,
+        caption_channels=384,
+        cross_attention_dim=16,
+        pooled_projection_dim=384,
+    )
+    model.save_pretrained(tmp_path / "transformer")
+    DiffusionConfig().scheduler().save_pretrained(tmp_path / "scheduler")
+    jobs = [Job("a cat", 0)]
+
+    def pixels(steps: int | None = None) -> np.ndarray:
+        return np.asarray(next(checkpoint_drawer(tmp_path, steps, 1.0)(jobs)))
+
+    usual = pixels(3)
+    about = tmp_path / "model.toml"
+    about.write_text("[sampler]\nname = 'ddim'\nsteps = 3\nguidance = 9.0\n")
+    own = pixels()
+    assert not np.array_equal(own, usual), "another sampler"
+    assert not np.array_equal(own, pixels(5)), "what is asked for goes before"
+    about.write_text("[sampler]\nname = 'dpmsolver++'\nsteps = 3\n")
+    assert np.array_equal(pixels(), usual)
+    about.write_text("[sampler]\nname = 'magic'\n")
+    with pytest.raises(LitappError, match="solver is 'magic'"):
+        pixels()
 
 
 @pytest.mark.skipif(

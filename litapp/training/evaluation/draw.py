@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from litapp.errors import LitappError
 from litapp.images import snap_alpha, to_image
 from litapp.pipeline import TextToImage
 from litapp.training.evaluation.segment import on_white
+from litapp.training.recipe import from_table, load_recipe
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ def checkpoint_drawer(folder: Path, steps: int | None, guidance: float | None) -
 
     Pictures are drawn eight at a time, from the seed of the first of the eight.
 
+    Args:
+        steps, guidance: if not given, what the ``[sampler]`` of the folder's ``model.toml`` says,
+            which also chooses the sampler; the defaults of training's samples where there is none.
+
     Raises:
         LitappError: a part is missing or cannot be read.
     """
@@ -67,13 +73,15 @@ def checkpoint_drawer(folder: Path, steps: int | None, guidance: float | None) -
     codec = SceneCodec(autoencoder)
     tokenizer, encoder = load_text_encoder()
     options = {"steps": steps, "guidance": guidance}
-    chosen = {name: value for name, value in options.items() if value is not None}
+    chosen = _sampler(folder) | {k: v for k, v in options.items() if v is not None}
 
     @torch.no_grad()
     def draw(jobs: Sequence[Job]) -> Iterator[Image.Image]:
         for start in range(0, len(jobs), 8):
             chunk = jobs[start : start + 8]
-            config = SampleConfig([job.prompt for job in chunk], seed=chunk[0].seed, **chosen)
+            prompts = [job.prompt for job in chunk]
+            table = {"prompts": prompts, "seed": chunk[0].seed, **chosen}
+            config = from_table(SampleConfig, table, "sampler")
             sampler = Sampler(config, scheduler, codec, tokenizer, encoder, 32)
             for latents in sampler.latents(model).split(1):
                 pixels = codec.decode(latents)[0]
@@ -81,6 +89,15 @@ def checkpoint_drawer(folder: Path, steps: int | None, guidance: float | None) -
                 yield to_image(snap_alpha(np.ascontiguousarray(picture)))
 
     return draw
+
+
+def _sampler(folder: Path) -> dict[str, Any]:
+    """The folder's own sampler, in the words of ``[samples]``; nothing where it names none."""
+    about = folder / "model.toml"
+    table = dict(load_recipe(about).get("sampler", {})) if about.is_file() else {}
+    if "name" in table:
+        table["solver"] = table.pop("name")
+    return table
 
 
 def _networks(folder: Path):
