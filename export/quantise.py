@@ -269,12 +269,12 @@ SCHEMES: dict[str, dict[str, tuple[str, ...]]] = {
         "text_encoder": _STORED,
         "transformer": (INT8, INT8_WEIGHTS, FP16_WEIGHTS),
         "vae_decoder": _STORED,
-        "vae_encoder": (FP16_WEIGHTS,),
+        "vae_encoder": _STORED,
     },
     INT4: {
         "text_encoder": _STORED,
         "transformer": (INT4_WEIGHTS,),
         "vae_decoder": _STORED,
-        "vae_encoder": (FP16_WEIGHTS,),
+        "vae_encoder": _STORED,
     },
 }
