@@ -165,8 +165,9 @@ def test_the_launcher_starts_this_python(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def running(worker: Worker, isolated_home: Path) -> Iterator[str]:
-    """A server as a process, drawing with the tiny model."""
+    """A server as a process, drawing with the tiny model and the engine of this one."""
     options = ["--model", str(worker.model.bundle.root), "--port", "0", "--no-browser"]
+    options += ["--device", "cpu"]
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "litapp", "ui", *options],
         stdout=subprocess.PIPE,
