@@ -1,6 +1,6 @@
 """The pictures of ``method.py``: ``python benchmarks/method_pictures.py FOLDER``.
 
-64 things of the bundled model's art in 32 pictures each, 256 pixels square, one folder per thing:
+64 things of the bundled model's art in 16 pictures each, 1024 pixels square, one folder per thing:
 other places, sizes and backgrounds, all from one seed.
 """
 
@@ -15,7 +15,7 @@ from litapp.images import save_png, to_image
 from litapp.training.data.art import SpriteStore, load_concepts
 from litapp.training.data.scenes import Mix, render, sample_scene
 
-CLASSES, PICTURES, SIDE = 64, 32, 256
+CLASSES, PICTURES, SIDE = 64, 16, 1024
 ART = Path("runs/art")
 MIX = Mix(backgrounds={"white": 1.0, "solid": 2.0}, jitter=0.04, size=(0.7, 0.9))
 

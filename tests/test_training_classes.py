@@ -28,6 +28,11 @@ from litapp.training import families
 from litapp.training.class_latents import ClassLatents, build_class_cache
 from litapp.training.codec import load_codec
 from litapp.training.data.classes import list_pictures
+from litapp.training.recipe import load_recipe
+
+RECIPES = Path(families.__file__).parent / "recipes"
+OURS = ("class-teacher", "class-student", "lit")
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 CLASSES = ("apple", "bee", "cat")
 NETWORK = {
@@ -135,6 +140,27 @@ def test_student_inherits_distils_samples_and_saves(workshop: Path) -> None:
     scheduler = json.loads((output / "model" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["prediction_type"] == "epsilon"
     assert json.loads((output / "model" / "classes.json").read_text())["2"] == "cat"
+
+
+def test_an_autoencoder_of_other_channels_is_refused_before_pictures_are_encoded(
+    workshop: Path,
+) -> None:
+    recipe = (workshop / "recipe.toml").read_text()
+    (workshop / "recipe.toml").write_text(recipe.replace("in_channels = 4", "in_channels = 3"))
+    with pytest.raises(LitappError, match="gives 4 channels and the transformer reads 3"):
+        run(workshop, "out", teacher=None)
+    assert not (workshop / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe", (*(RECIPES / f"{name}.toml" for name in OURS), BENCHMARKS / "method-teacher.toml")
+)
+def test_recipes_that_name_our_autoencoder_read_its_latents(recipe: Path) -> None:
+    tables = load_recipe(recipe)
+    folder = Path(__file__).parents[1] / tables["autoencoder"]["path"]
+    config = json.loads((folder / "config.json").read_text())
+    assert tables["model"]["in_channels"] == config["latent_channels"]
+    assert tables["model"]["out_channels"] == 2 * config["latent_channels"]
 
 
 def test_a_teacher_that_cannot_be_used_leaves_nothing_behind(workshop: Path) -> None:

@@ -19,7 +19,7 @@ from litapp.models.dit import LiTDiTTransformer2DModel
 from litapp.models.inherit import inherit
 from litapp.models.sizes import dit_config
 from litapp.training.class_latents import ClassLatents, build_class_cache, is_cache
-from litapp.training.codec import KLCodec, SceneCodec, load_codec
+from litapp.training.codec import KLCodec, SceneCodec, check_channels, load_codec
 from litapp.training.data.classes import list_pictures
 from litapp.training.diffusion import DiffusionConfig
 from litapp.training.distributed import join_processes
@@ -169,6 +169,7 @@ def main(
     mentor = load_network(teacher, "dit", tables.get("teacher", {})) if teacher else None
     inheritance = from_table(InheritanceConfig, tables.get("inheritance", {}), "inheritance")
     model = make_model(tables["model"], classes, loop.seed, student, mentor, inheritance)
+    check_channels("autoencoder", codec.network.config.latent_channels, model.config.in_channels)
     process = join_processes()
     if cached is None:
         size = model.config.sample_size * codec.reduction

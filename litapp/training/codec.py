@@ -32,6 +32,15 @@ def fold_cells(autoencoder: SceneAutoencoder, cells: Tensor) -> Tensor:
     return autoencoder.normalise(autoencoder.folding.encode(cells))
 
 
+def check_channels(part: str, given: int, read: int) -> None:
+    """Raise LitappError where a part gives the transformer other channels than it reads."""
+    if given != read:
+        raise LitappError(
+            f"the {part} gives {given} channels and the transformer reads {read}:"
+            f" choose the recipe's [{part.replace(' ', '_')}] path that the transformer is for"
+        )
+
+
 class SceneCodec:
     """Our RGBA autoencoder; latents have zero mean and unit variance."""
 

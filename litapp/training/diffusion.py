@@ -27,7 +27,7 @@ from litapp.models.text_encoder import (
     load_pipeline_text,
     load_text_encoder,
 )
-from litapp.training.codec import KLCodec, SceneCodec, load_codec
+from litapp.training.codec import KLCodec, SceneCodec, check_channels, load_codec
 from litapp.training.data.art import SpriteStore
 from litapp.training.distributed import join_processes
 from litapp.training.latents import (
@@ -166,19 +166,11 @@ def load_text(tables: dict, length: int) -> tuple[Tokenizer, TextEncoder]:
         raise LitappError(str(error)) from error
 
 
-def _check_channels(model: LiTTransformer2DModel, text: tuple, codec: SceneCodec | KLCodec) -> None:
+def _check_fit(model: LiTTransformer2DModel, text: tuple, codec: SceneCodec | KLCodec) -> None:
     """Whether the transformer fits what the text encoder and the autoencoder give."""
     states = encode_texts(*text, [""], 1)["states"].shape[-1]
-    found = {
-        "text encoder": (states, model.config.caption_channels),
-        "autoencoder": (codec.network.config.latent_channels, model.config.in_channels),
-    }
-    for part, (given, read) in found.items():
-        if given != read:
-            raise LitappError(
-                f"the {part} gives {given} channels and the transformer reads {read}:"
-                f" choose the recipe's [{part.replace(' ', '_')}] path that the teacher is for"
-            )
+    check_channels("text encoder", states, model.config.caption_channels)
+    check_channels("autoencoder", codec.network.config.latent_channels, model.config.in_channels)
 
 
 def _scene_caches(tables: dict, codec: SceneCodec | KLCodec) -> dict[Path, float]:
@@ -256,7 +248,7 @@ def main(
     model = _model(tables, student, mentor)
     choose_attention(model)
     text = load_text(tables, config.text_length)
-    _check_channels(model, text, codec)
+    _check_fit(model, text, codec)
     size = model.config.sample_size * codec.reduction if data else None
     latents = load_latents(tables, codec, text, config.text_length, data, output, size)
     scheduler = config.scheduler()
