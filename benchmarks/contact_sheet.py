@@ -21,6 +21,12 @@ else:
     import tomli as tomllib
 
 
+def fixed_prompts() -> list[str]:
+    """The sheet's 64 prompts in order."""
+    groups = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text())
+    return [prompt for group in groups.values() for prompt in group]
+
+
 def main() -> None:
     """Draw, report the seconds per picture and save the sheet."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -30,8 +36,7 @@ def main() -> None:
     parser.add_argument("--cell", type=int, default=384, help="pixels per picture on the sheet")
     parser.add_argument("--pictures", type=Path, help="also save every picture here, full size")
     arguments = parser.parse_args()
-    groups = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text())
-    prompts = [prompt for group in groups.values() for prompt in group]
+    prompts = fixed_prompts()
     model = TextToImage.load(arguments.model)
     images: list[Image.Image] = []
     seconds: list[float] = []
