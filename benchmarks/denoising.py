@@ -19,9 +19,9 @@ from torch import Tensor
 from litapp.models.lit import LiTTransformer2DModel
 from litapp.models.text_encoder import encode_texts, load_text_encoder
 from litapp.training.codec import load_codec
-from litapp.training.latents import CacheConfig, fold_cache, load_shard, shard_scenes
+from litapp.training.latents import cache_configs, fold_cache, load_shard, shard_scenes
 from litapp.training.losses import Diffusion
-from litapp.training.recipe import from_table, load_recipe
+from litapp.training.recipe import load_recipe
 
 TIMESTEPS = (999, 600, 250, 80, 30)
 
@@ -61,8 +61,7 @@ def main() -> None:
     table = Table("cache", *(f"t = {t}" for t in TIMESTEPS))
     tables = load_recipe(arguments.recipe, "autoencoder", "data")
     autoencoder = load_codec(Path(tables["autoencoder"]["path"])).network
-    for row in tables["data"]:
-        cache = from_table(CacheConfig, row, "data")
+    for cache in cache_configs(tables):
         folder = fold_cache(Path(cache.folder), autoencoder)
         latents = load_shard(folder, 0)[: arguments.pictures].float()
         scenes = shard_scenes(cache, 0)[1][: arguments.pictures]

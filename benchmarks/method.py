@@ -82,7 +82,9 @@ def inheritance(shop: Workshop, arguments: argparse.Namespace) -> Rows:
     }
     cells = {"none": SCRATCH, "all but attention": INHERITED}
     cells |= {name: Cell(name, projections=parts) for name, parts in taken.items()}
-    cells |= {f"teacher {p.name}": Cell(f"teacher {p.name}", teacher=p) for p in arguments.older}
+    for path in arguments.older:
+        name = path.parent.name if path.name == "model" else path.name
+        cells[f"teacher {name}"] = Cell(f"teacher {name}", teacher=path)
     return measure(shop, cells, arguments.seeds)
 
 

@@ -108,6 +108,13 @@ def evaluate(
     res: Annotated[int | None, typer.Option(help="Width and height in pixels. [512]")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps. [the model's]")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance, 1-30. [the model's]")] = None,
+    concepts: Annotated[
+        int | None,
+        typer.Option(
+            help="How many concepts of the list the model knows. [those of its concepts.json, or"
+            " all]"
+        ),
+    ] = None,
     styles: Annotated[
         str, typer.Option(help="Art styles to compare with, separated by commas.")
     ] = "glossy",
@@ -136,6 +143,7 @@ def evaluate(
         json=json,
         npz=npz,
         concepts=write_concepts,
+        known=concepts,
     )
     run.main(options)
 

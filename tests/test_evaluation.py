@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from litapp.concepts import read_concepts
+from litapp.concepts import CONCEPTS as WORLD
+from litapp.concepts import ConceptScore, read_concepts, write_concepts
 from litapp.errors import LitappError
 from litapp.training.data.art import load_concepts
 from litapp.training.data.scenes import NUMBERS, held_out, render
@@ -199,7 +200,7 @@ def test_a_sample_set_that_is_not_complete_is_not_written(tmp_path: Path) -> Non
 def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command with art and features that are at hand everywhere."""
     monkeypatch.setattr(run, "SpriteStore", DrawnStore)
-    monkeypatch.setattr(run, "load_concepts", lambda: SOME)
+    monkeypatch.setattr(run, "load_concepts", lambda count=None: SOME[:count])
     monkeypatch.setattr(run, "EfficientNetLite0", lambda: shrunk)
 
 
@@ -230,6 +231,48 @@ def test_a_bundle_is_evaluated_and_its_world_written(
         assert stored["arr_0"].shape == (2 * len(SOME), 64, 64, 3)
     run.main(replace(options, json=tmp_path / "again.json", npz=None))
     assert json.loads((tmp_path / "again.json").read_text()) == figures
+
+
+def evaluated(**options) -> list[str]:
+    """The names of the concepts in a report of the retrieval suite."""
+    path = options.pop("report")
+    run.main(run.Options(suite="retrieval", json=path, **options))
+    report = json.loads(path.read_text())
+    names = [concept["name"] for concept in report["suites"]["retrieval"]["concepts"]]
+    assert report["concepts"] == len(names)
+    return names
+
+
+@pytest.mark.usefixtures("small_world")
+def test_a_model_is_measured_on_the_concepts_that_it_names(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = {"model": str(tiny), "res": 64, "report": tmp_path / "report.json"}
+    everything = [concept.name for concept in SOME]
+    assert evaluated(**bundle) == everything
+    assert evaluated(**bundle, known=3) == everything[:3]
+    write_concepts([ConceptScore(name, (), 0, 0, 1) for name in ("key", "banana")], tiny / WORLD)
+    assert evaluated(**bundle) == ["banana", "key"]
+    assert evaluated(**bundle, known=3) == everything[:3]
+
+    def drawer(*_: object) -> Callable:
+        return lambda jobs: (Image.new("RGBA", (64, 64), "red") for _ in jobs)
+
+    monkeypatch.setattr(run, "checkpoint_drawer", drawer)
+    checkpoint = {"checkpoint": tmp_path, "report": tmp_path / "report.json"}
+    assert evaluated(**checkpoint) == everything
+    write_concepts([ConceptScore("drum", (), 0, 0, 1)], tmp_path / WORLD)
+    assert evaluated(**checkpoint) == ["drum"]
+    write_concepts([ConceptScore("dragonfly", (), 0, 0, 1)], tmp_path / WORLD)
+    with pytest.raises(LitappError, match="names 'dragonfly'"):
+        evaluated(**checkpoint)
+
+
+@pytest.mark.usefixtures("small_world")
+@pytest.mark.parametrize("suite", ["sceneeval", "verifier", "paraphrase"])
+def test_a_suite_about_more_than_the_model_knows_is_refused(tiny: Path, suite: str) -> None:
+    with pytest.raises(LitappError, match="not among the model's concepts"):
+        run.main(run.Options(model=str(tiny), suite=suite))
 
 
 @pytest.mark.usefixtures("small_world")
@@ -319,8 +362,9 @@ def test_the_feature_network_knows_a_thing_at_another_size() -> None:
     from litapp.training.evaluation.efficientnet import DIMENSIONS, EfficientNetLite0
 
     extract = EfficientNetLite0()
-    world = SOME[:4]
-    gallery = build_gallery(OneSize(), world, ("glossy",), extract)
+    # Fixed, so that they are not rendered in every colour.
+    world = [replace(concept, fixed=True) for concept in SOME[:4]]
+    gallery = build_gallery(DrawnStore(), world, ("glossy",), extract)
     assert gallery.features.shape[1] == DIMENSIONS
     images = [
         Image.fromarray(DrawnStore().sprite("", c.icon), "RGBa").convert("RGBA").resize((80, 80))
@@ -328,12 +372,3 @@ def test_the_feature_network_knows_a_thing_at_another_size() -> None:
     ]
     icons = [concept.icon for concept in world]
     assert retrieval.ranks(images, icons, extract, gallery).tolist() == [0] * 4
-
-
-class OneSize(DrawnStore):
-    """Sprites without a hue, which are not rendered in every colour."""
-
-    def sprite(self, style: str, icon: str) -> np.ndarray:
-        sprite = super().sprite(style, icon).copy()
-        sprite[..., :3] = sprite[..., :3].mean(-1, keepdims=True)
-        return sprite

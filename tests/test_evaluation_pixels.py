@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from litapp.training.data.art import Concept
-from litapp.training.data.scenes import TINTS
+from litapp.training.data.tints import TINTS
 from litapp.training.evaluation import segment
 from litapp.training.evaluation.colours import colour_name, hue_distance
 from litapp.training.evaluation.frechet import frechet_distance

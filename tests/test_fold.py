@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,27 @@ def test_the_cache_of_latents_follows_the_cells_and_the_weights(folded: Path) ->
         network.folding.encoder[-1].bias += 1
     again = Pool([fold_cache(folder, network)])
     torch.testing.assert_close(again.latents[0], first.latents[0] + 1, rtol=0, atol=0.01)
+
+
+def test_cells_are_made_anew_where_their_scenes_or_encoder_change(folded: Path) -> None:
+    network = load_codec(folded).network
+    config = CacheConfig(str(folded.parent / "own"), 128, [[SIDE, SIDE, 1]])
+
+    def built(config: CacheConfig) -> list[int]:
+        folder = build_scene_cache(config, BoxStore(), network)
+        return [path.stat().st_mtime_ns for path in sorted(folder.glob("shard-*"))]
+
+    first = built(config)
+    assert built(replace(config, weight=2.0)) == first
+    assert built(replace(config, pictures=256))[:1] == first
+    fewer = built(replace(config, concepts=3))
+    assert fewer != first and len(fewer) == 1
+    with torch.no_grad():
+        network.decoder[0].bias += 1
+    assert built(replace(config, concepts=3)) == fewer
+    with torch.no_grad():
+        network.encoder[1].bias += 1
+    assert built(replace(config, concepts=3)) != fewer
 
 
 def test_without_folding_cells_are_latents(autoencoder: Path) -> None:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
+from litapp.concepts import CONCEPTS, read_concepts
 from litapp.errors import LitappError
 from litapp.training.data import backgrounds
-from litapp.training.data.art import Concept, load_concepts, parse_concepts, premultiply, render_svg
-from litapp.training.data.scenes import (
-    NUMBERS,
-    TINTS,
-    Item,
-    Mix,
-    Scene,
-    held_out,
-    render,
-    sample_scene,
-    tint_sprite,
+from litapp.training.data.art import (
+    PACKAGES,
+    Concept,
+    load_concepts,
+    parse_concepts,
+    premultiply,
+    render_svg,
 )
+from litapp.training.data.scenes import NUMBERS, Item, Mix, Scene, held_out, render, sample_scene
+from litapp.training.data.tints import DARK, TINTS, tint_sprite
 from litapp.training.data.words import article, plural
+
+ROOT = Path(__file__).parents[1]
 
 ALL_KINDS = Mix(
     kinds={"single": 1, "tinted": 1, "count": 1, "pair": 1, "tinted_pair": 1},
@@ -139,6 +145,108 @@ def test_tint_moves_the_colour_and_keeps_the_shape(tint: str, channel: int) -> N
     assert (tinted[..., 3] == rgba[..., 3]).all()
 
 
+def old_tint(rgba: np.ndarray, tint: str) -> np.ndarray:
+    """What recolouring was for every sprite, and is for those that have a colour."""
+    hsv = np.array(Image.fromarray(rgba[..., :3]).convert("HSV"))
+    coloured = hsv[..., 1] > 40
+    if TINTS[tint] is None:
+        hsv[..., 1][coloured] = hsv[..., 1][coloured] // 8
+    else:
+        hsv[..., 0][coloured] = int(TINTS[tint] * 255)
+        if tint == "pink":
+            hsv[..., 1][coloured] = hsv[..., 1][coloured] * 0.6
+    rgb = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    return np.concatenate([rgb, rgba[..., 3:]], axis=-1)
+
+
+def ball(colour: tuple[int, int, int], gray_part: float) -> np.ndarray:
+    """(64, 64, 4) straight RGBA: shaded, gray on its left, with a dark outline and a dark eye."""
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+    shade = 1 - 0.15 * (y + 1)[..., None]
+    light = np.where((x < 2 * gray_part - 1)[..., None], np.full(3, 200), np.array(colour))
+    rgba = np.concatenate([light * shade, np.full((64, 64, 1), 255)], -1)
+    distance = np.hypot(x, y)
+    rgba[(distance > 0.85) | (np.hypot(x - 0.3, y + 0.3) < 0.1)] = (40, 35, 40, 255)
+    rgba[distance > 0.95] = 0
+    return rgba.astype(np.uint8)
+
+
+@pytest.mark.parametrize("tint", TINTS)
+def test_what_has_a_colour_is_recoloured_as_ever(tint: str) -> None:
+    for gray_part in (0.0, 0.5):
+        sprite = ball((220, 120, 30), gray_part)
+        assert np.array_equal(tint_sprite(sprite, tint), old_tint(sprite, tint))
+
+
+@pytest.mark.parametrize("tint", [tint for tint, hue in TINTS.items() if hue is not None])
+@pytest.mark.parametrize("light", [(250, 250, 250), (150, 148, 155)])
+def test_a_gray_thing_is_painted_and_keeps_its_shades(tint: str, light: tuple) -> None:
+    sprite = ball(light, 0.0)
+    painted = tint_sprite(sprite, tint)
+    hue, saturation, value = np.moveaxis(
+        np.array(Image.fromarray(painted[..., :3]).convert("HSV")).astype(int), -1, 0
+    )
+    body = (sprite[..., 3] > 0) & (sprite[..., :3].max(-1) > DARK)
+    assert (np.abs(hue[body] - int(TINTS[tint] * 255)) <= 3).all()
+    assert (saturation[body] > 90).all() and value[body].mean() > 180
+    assert (np.diff(value[body & (np.arange(64) == 20)]) <= 0).all(), "light from above"
+    assert value[(sprite[..., 3] > 0) & ~body].max() < DARK + 10, "lines and eyes stay dark"
+    assert (painted[..., 3] == sprite[..., 3]).all()
+
+
+@pytest.mark.parametrize("light", [(250, 250, 250), (150, 148, 155), (220, 60, 30)])
+def test_a_gray_thing_is_gray(light: tuple) -> None:
+    sprite = ball(light, 0.0)
+    body = (sprite[..., 3] > 0) & (sprite[..., :3].max(-1) > DARK)
+    body = tint_sprite(sprite, "gray")[body][:, :3]
+    assert (body.max(-1) - body.min(-1)).max() < 35
+    assert body.max(-1).mean() < 225
+
+
+def test_the_bundled_model_knows_the_first_of_the_list() -> None:
+    known = read_concepts(ROOT / "litapp/bundles/lit-scenes-1k" / CONCEPTS)
+    first = load_concepts(len(known))
+    assert [(c.name, c.names[1:]) for c in first] == [(k.name, k.synonyms) for k in known]
+    assert not any(concept.fixed for concept in first)
+
+
+def test_the_list_has_a_thousand_things_and_no_word_twice() -> None:
+    concepts = load_concepts()
+    words = [name.lower() for concept in concepts for name in concept.names]
+    assert len(concepts) >= 1000 and len(set(words)) == len(words)
+    counted = [plural(n.lower()) for c in concepts if not c.mass for n in c.names]
+    # "dice" and "die" are one thing.
+    assert len(set(counted)) == len(counted) - 1
+    for word in words:
+        assert re.fullmatch(r"[a-zñ0-9 .'-]+", word) and not word.startswith(("a ", "the "))
+
+
+@pytest.mark.parametrize("count", [0, -1, 100_000])
+def test_more_concepts_than_there_are_is_refused(count: int) -> None:
+    with pytest.raises(LitappError, match=f"so not {count}"):
+        load_concepts(count)
+
+
+def test_what_is_fixed_is_never_given_a_colour() -> None:
+    things = "a : knight : fixed\nb : queen : mass : fixed\nc : bishop\nd : rook\ne : pawn"
+    concepts = parse_concepts(things)
+    assert [c.fixed for c in concepts] == [True, True, False, False, False]
+    assert [c.mass for c in concepts] == [False, True, False, False, False]
+    rng, mix = np.random.default_rng(0), Mix(kinds={"tinted": 1, "tinted_pair": 1})
+    for _ in range(100):
+        scene = sample_scene(rng, concepts, mix)
+        assert all(item.tint and not item.concept.fixed for item in scene.items)
+
+
+def test_every_concept_has_its_icon() -> None:
+    name = re.sub(r"[^\w.-]+", "_", PACKAGES["glossy"])
+    icons = ROOT / "runs/art/npm" / name / "package/icons.json"
+    if not icons.is_file():
+        pytest.skip("the art is fetched when something is trained")
+    known = json.loads(icons.read_text())["icons"]
+    assert [c.icon for c in load_concepts() if c.icon not in known] == []
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -148,6 +256,24 @@ def test_tint_moves_the_colour_and_keeps_the_shape(tint: str, channel: int) -> N
         ("mouse", "mice"),
         ("slice of pizza", "slices of pizza"),
         ("monkey", "monkeys"),
+        ("sun with a face", "suns with a face"),
+        ("face blowing a kiss", "faces blowing a kiss"),
+        ("person in bed", "people in bed"),
+        ("snowman", "snowmen"),
+        ("woman astronaut", "women astronauts"),
+        ("old woman", "old women"),
+        ("man with red hair", "men with red hair"),
+        ("bow and arrow", "bows and arrows"),
+        ("sheep", "sheep"),
+        ("tropical fish", "tropical fish"),
+        ("goose", "geese"),
+        ("kitchen knife", "kitchen knives"),
+        ("ox", "oxen"),
+        ("chef", "chefs"),
+        ("scarf", "scarves"),
+        ("potato", "potatoes"),
+        ("kimono", "kimonos"),
+        ("kangaroo", "kangaroos"),
     ],
 )
 def test_plurals(name: str, expected: str) -> None:
@@ -155,13 +281,24 @@ def test_plurals(name: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"), [("apple", "an apple"), ("unicorn", "a unicorn"), ("UFO", "a UFO")]
+    ("words", "expected"),
+    [
+        ("apple", "an apple"),
+        ("unicorn", "a unicorn"),
+        ("UFO", "a UFO"),
+        ("euro bill", "a euro bill"),
+        ("SUV", "an SUV"),
+        ("X-ray", "an X-ray"),
+        ("hourglass", "an hourglass"),
+    ],
 )
 def test_articles(words: str, expected: str) -> None:
     assert article(words) == expected
 
 
-@pytest.mark.parametrize("line", ["apple", "apple : apple : plural", "a : b\na : c"])
+@pytest.mark.parametrize(
+    "line", ["apple", "apple : apple : plural", "a : b : fixed : mass", "a : b\na : c"]
+)
 def test_a_broken_concept_list_names_its_line(line: str) -> None:
     with pytest.raises(LitappError, match="concept list, line"):
         parse_concepts(line)

@@ -16,10 +16,11 @@ from litapp.errors import LitappError
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.training.autoencoder import measure_latents, psnr, reconstruction_loss
 from litapp.training.codec import SceneCodec
-from litapp.training.data.art import SpriteStore
+from litapp.training.data.art import SpriteStore, load_concepts
 from litapp.training.data.folder import list_folder
 from litapp.training.data.scenes import Mix
-from litapp.training.latents import LatentData, build_folder_cache
+from litapp.training.latents import LatentData, build_folder_cache, cache_configs, shard_scenes
+from litapp.training.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +200,25 @@ def test_an_empty_cache_is_one_clear_line(tmp_path: Path) -> None:
         LatentData([tmp_path], WordTokenizer(), count_encoder)
 
 
+@pytest.mark.parametrize("recipe", ["scenes", "scenes-1k", "lit"])
+def test_scenes_show_as_many_concepts_as_the_recipe_says(recipe: str) -> None:
+    tables = load_recipe(Path(recipe), "art", "data")
+    known = {concept.icon for concept in load_concepts(tables["art"].get("concepts"))}
+    assert len(known) == (len(load_concepts()) if recipe == "scenes-1k" else 184)
+    shown = set()
+    for config in cache_configs(tables):
+        _, scenes = shard_scenes(config, 0)
+        shown |= {item.concept.icon for scene in scenes for item in scene.items}
+    assert shown <= known and len(shown) > len(known) / 2
+
+
+def test_both_worlds_weigh_their_tables_alike() -> None:
+    bundled, whole = (cache_configs(load_recipe(Path(r), "data")) for r in ("scenes", "scenes-1k"))
+    for one, other in zip(bundled, whole, strict=True):
+        assert one.pictures * one.weight == pytest.approx(other.pictures * other.weight, rel=1e-3)
+        assert one.folder != other.folder and (one.mix, one.sizes) == (other.mix, other.sizes)
+
+
 def test_measured_preview_gives_the_colours_of_the_latents_patches(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = SceneAutoencoder(encoder_widths=(8, 16, 32), decoder_widths=(32, 16, 8)).eval()
@@ -206,7 +226,7 @@ def test_measured_preview_gives_the_colours_of_the_latents_patches(tmp_path: Pat
     store = SpriteStore(tmp_path)
     blank = np.zeros((1024, 1024, 4), np.uint8)
     store.sprite = lambda *_: blank
-    figures = measure_latents(network, store, scene)
+    figures = measure_latents(network, store, load_concepts(8), scene)
     network.register_to_config(**figures)
     picture = torch.rand(1, 4, 1, 1).expand(1, 4, 256, 256).clone()
     picture[:, 3] = 1.0

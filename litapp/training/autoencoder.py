@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from litapp.errors import LitappError
 from litapp.folders import replace_folder
 from litapp.models.autoencoder import SceneAutoencoder
-from litapp.training.data.art import SpriteStore, load_concepts
+from litapp.training.data.art import Concept, SpriteStore, load_concepts
 from litapp.training.data.scenes import Mix, render, sample_scene
 from litapp.training.distributed import join_processes
 from litapp.training.loop import LoopConfig, train
@@ -35,19 +35,26 @@ class CropConfig:
 class SceneCrops(IterableDataset):
     """Endless (4, crop, crop) float crops in [0, 1]; a function of (seed, start) alone."""
 
-    def __init__(self, store: SpriteStore, mix: Mix, config: CropConfig, seed: int, start: int):
-        self.store, self.mix, self.config = store, mix, config
+    def __init__(
+        self,
+        store: SpriteStore,
+        concepts: list[Concept],
+        mix: Mix,
+        config: CropConfig,
+        seed: int,
+        start: int,
+    ) -> None:
+        self.store, self.concepts, self.mix, self.config = store, concepts, mix, config
         self.seed, self.start = seed, start
 
     def __iter__(self) -> Iterator[Tensor]:
-        concepts = load_concepts()
         per_picture = self.config.crops_per_picture
         waiting: list[np.ndarray] = []
         # A pool of several pictures is emptied at random, so that a batch mixes them.
         picture = self.start // per_picture
         while True:
             rng = np.random.default_rng((self.seed, picture))
-            scene = sample_scene(rng, concepts, self.mix)
+            scene = sample_scene(rng, self.concepts, self.mix)
             side = self.config.pictures[int(rng.integers(len(self.config.pictures)))]
             pixels = render(scene, self.store, side, side)
             waiting += [self._crop(pixels, rng) for _ in range(per_picture)]
@@ -115,9 +122,11 @@ def ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _batches(store: SpriteStore, mix: Mix, crops: CropConfig, loop: LoopConfig):
+def _batches(
+    store: SpriteStore, concepts: list[Concept], mix: Mix, crops: CropConfig, loop: LoopConfig
+):
     def start(step: int) -> Iterator[tuple[int, Tensor]]:
-        dataset = SceneCrops(store, mix, crops, loop.seed, step * loop.batch_size)
+        dataset = SceneCrops(store, concepts, mix, crops, loop.seed, step * loop.batch_size)
         loader = DataLoader(
             dataset,
             loop.batch_size,
@@ -131,14 +140,16 @@ def _batches(store: SpriteStore, mix: Mix, crops: CropConfig, loop: LoopConfig):
 
 
 @torch.no_grad()
-def measure_latents(autoencoder: SceneAutoencoder, store: SpriteStore, mix: Mix) -> dict:
+def measure_latents(
+    autoencoder: SceneAutoencoder, store: SpriteStore, concepts: list[Concept], mix: Mix
+) -> dict:
     """What the configuration keeps of the latents, over 128 whole pictures.
 
     Returns:
         ``latents_mean`` and ``latents_std`` per channel, and ``preview``: the least-squares map
         from a normalised latent to its patch's mean colour.
     """
-    concepts, rng = load_concepts(), np.random.default_rng(7)
+    rng = np.random.default_rng(7)
     latents, colours = [], []
     for _ in range(128):
         pixels = render(sample_scene(rng, concepts, mix), store, 512, 512)
@@ -184,6 +195,7 @@ def main(recipe: Path, output: Path, resume: bool) -> None:
         stage = fold if later == "fold" else refine
         return stage.main(tables, autoencoder, output, resume)
     store = SpriteStore(Path(tables["art"]["cache"]))
+    concepts = load_concepts(tables["art"].get("concepts"))
     mix = from_table(Mix, tables.get("mix", {}), "mix")
     crops = from_table(CropConfig, tables.get("crops", {}), "crops")
     loop = from_table(LoopConfig, tables["loop"], "loop")
@@ -195,7 +207,7 @@ def main(recipe: Path, output: Path, resume: bool) -> None:
         loss = reconstruction_loss(result, target, edges)
         return loss, {"psnr": psnr(result.detach(), target)}
 
-    batches = _batches(store, mix, crops, loop)
+    batches = _batches(store, concepts, mix, crops, loop)
     train(_Reconstruct(autoencoder), loss_function, batches, loop, output, resume)
-    autoencoder.register_to_config(**measure_latents(autoencoder.eval(), store, mix))
+    autoencoder.register_to_config(**measure_latents(autoencoder.eval(), store, concepts, mix))
     save_model(autoencoder, output)

@@ -31,10 +31,10 @@ from litapp.training.codec import KLCodec, SceneCodec, check_channels, load_code
 from litapp.training.data.art import SpriteStore
 from litapp.training.distributed import join_processes
 from litapp.training.latents import (
-    CacheConfig,
     LatentData,
     build_folder_cache,
     build_scene_cache,
+    cache_configs,
     fold_cache,
 )
 from litapp.training.loop import LoopConfig, train
@@ -182,7 +182,7 @@ def _scene_caches(tables: dict, codec: SceneCodec | KLCodec) -> dict[Path, float
             "[[data]] draws RGBA scenes, and this autoencoder is not RGBA: give --data FOLDER"
         )
     store = SpriteStore(Path(tables["art"]["cache"]))
-    configs = [from_table(CacheConfig, table, "data") for table in tables["data"]]
+    configs = cache_configs(tables)
     network = codec.network
     cells = {build_scene_cache(config, store, network): config.weight for config in configs}
     return {fold_cache(folder, network): weight for folder, weight in cells.items()}

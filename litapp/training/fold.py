@@ -18,7 +18,7 @@ from litapp.models.autoencoder import Folding, SceneAutoencoder
 from litapp.training.autoencoder import add_latent_noise, save_model
 from litapp.training.data.art import SpriteStore
 from litapp.training.distributed import join_processes
-from litapp.training.latents import CacheConfig, Pool, build_scene_cache
+from litapp.training.latents import Pool, build_scene_cache, cache_configs
 from litapp.training.loop import LoopConfig, train
 from litapp.training.recipe import from_table
 
@@ -105,7 +105,7 @@ def measure_folding(
 def cell_pool(tables: dict, autoencoder: SceneAutoencoder) -> Pool:
     """The cells of a recipe's ``[[data]]``, built where need be."""
     store = SpriteStore(Path(tables["art"]["cache"]))
-    configs = [from_table(CacheConfig, table, "data") for table in tables["data"]]
+    configs = cache_configs(tables)
     with join_processes().main_process_first():
         folders = [build_scene_cache(config, store, autoencoder) for config in configs]
     return Pool(folders, [config.weight for config in configs])

@@ -29,6 +29,7 @@ from litapp.training.codec import KLCodec, SceneCodec, encode_cells, fold_cells
 from litapp.training.compose import Composer
 from litapp.training.data.art import SpriteStore, load_concepts
 from litapp.training.data.folder import list_folder
+from litapp.training.data.scenes import VERSION as SCENES_VERSION
 from litapp.training.data.scenes import Mix, Scene, render, sample_scene
 from litapp.training.loop import choose_precision
 from litapp.training.recipe import from_table
@@ -42,7 +43,8 @@ class CacheConfig:
 
     ``sizes`` holds [width, height, weight]; ``pictures`` is rounded up to whole shards. Training
     takes a picture of a table with ``weight`` 2 twice as often as one with 1. ``composed`` scenes
-    are put together from the latents of their things (:mod:`litapp.training.compose`).
+    are put together from the latents of their things (:mod:`litapp.training.compose`). Scenes show
+    the first ``concepts`` of the list, all without.
     """
 
     folder: str
@@ -52,6 +54,15 @@ class CacheConfig:
     seed: int = 0
     weight: float = 1.0
     composed: bool = False
+    concepts: int | None = None
+
+
+def cache_configs(tables: dict) -> list[CacheConfig]:
+    """A recipe's ``[[data]]`` tables, with as many concepts as its ``[art]`` says."""
+    concepts = tables.get("art", {}).get("concepts")
+    return [
+        from_table(CacheConfig, {"concepts": concepts, **table}, "data") for table in tables["data"]
+    ]
 
 
 def _save_shard(path: Path, latents: list[Tensor], captions: list[str]) -> None:
@@ -64,9 +75,12 @@ def _save_shard(path: Path, latents: list[Tensor], captions: list[str]) -> None:
 def build_scene_cache(
     config: CacheConfig, store: SpriteStore, autoencoder: SceneAutoencoder
 ) -> Path:
-    """Render and encode the scenes of one ``[[data]]`` table, to cells; returns the folder."""
-    folder = Path(config.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Render and encode the scenes of one ``[[data]]`` table, to cells; returns the folder.
+
+    Made anew when the table or the encoder has changed; ``pictures`` may grow.
+    """
+    source = _source(config, autoencoder)
+    folder = open_cache(Path(config.folder), "source.json", {"source": source})
     missing = [
         shard
         for shard in range(-(-config.pictures // SHARD))
@@ -78,6 +92,14 @@ def build_scene_cache(
         captions = [scene.caption for scene in shards[shard][1]]
         _save_shard(_shard_path(folder, shard), latents, captions)
     return folder
+
+
+def _source(config: CacheConfig, autoencoder: SceneAutoencoder) -> str:
+    """Changes with everything that the cells of a table's scenes depend on."""
+    settings, fold = autoencoder.config, autoencoder.config.fold
+    normal = (fold["mean"], fold["std"]) if fold else (settings.latents_mean, settings.latents_std)
+    table = (config.sizes, config.mix, config.seed, config.composed, config.concepts)
+    return digest((), autoencoder.encoder, SCENES_VERSION, *table, *map(list, normal))
 
 
 def fold_cache(folder: Path, autoencoder: SceneAutoencoder) -> Path:
@@ -127,7 +149,7 @@ def _composed(
 
 def shard_scenes(config: CacheConfig, shard: int) -> tuple[tuple[int, int], list[Scene]]:
     """(width, height) of a shard's pictures and their scenes: a function of the table alone."""
-    mix, concepts = from_table(Mix, config.mix, "data.mix"), load_concepts()
+    mix, concepts = from_table(Mix, config.mix, "data.mix"), load_concepts(config.concepts)
     weights = np.array([size[2] for size in config.sizes])
     rng = np.random.default_rng((config.seed, shard))
     width, height, _ = config.sizes[rng.choice(len(weights), p=weights / weights.sum())]

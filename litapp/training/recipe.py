@@ -17,18 +17,29 @@ else:
 def load_recipe(path: Path, *needed: str) -> dict:
     """Read a TOML recipe, by path or by the name of one that ships with litapp.
 
-    ``extends = "NAME"`` at its top brings the tables of another recipe, where it has not its own.
+    ``extends = "NAME"`` at its top brings the tables of another recipe, where it has not its own;
+    of several, ``extends = ["NAME", "OTHER"]``, the later ones count more.
 
     Raises:
         LitappError: there is none, it cannot be read, or it lacks one of the ``needed`` tables.
     """
-    tables = _read(path)
-    if "extends" in tables:
-        tables = _read(Path(tables.pop("extends"))) | tables
+    tables = _extended(path)
     for table in needed:
         if table not in tables:
             raise LitappError(f"the recipe {path} has no [{table}]")
     return tables
+
+
+def _extended(path: Path, within: tuple[Path, ...] = ()) -> dict:
+    """A recipe over those that it extends, each of which may extend others."""
+    if path in within:
+        raise LitappError(f"the recipe {path} extends itself")
+    own = _read(path)
+    names = own.pop("extends", [])
+    tables: dict = {}
+    for name in [names] if isinstance(names, str) else names:
+        tables |= _extended(Path(name), (*within, path))
+    return tables | own
 
 
 def _read(path: Path) -> dict:

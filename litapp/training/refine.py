@@ -29,9 +29,9 @@ from litapp.training.data.art import SpriteStore
 from litapp.training.data.scenes import Scene, render
 from litapp.training.distributed import join_processes
 from litapp.training.latents import (
-    CacheConfig,
     Pool,
     build_scene_cache,
+    cache_configs,
     fold_cache,
     shard_paths,
     shard_scenes,
@@ -131,7 +131,7 @@ class Pictures:
 
     def __init__(self, tables: dict, autoencoder: SceneAutoencoder) -> None:
         self.store = SpriteStore(Path(tables["art"]["cache"]))
-        configs = [from_table(CacheConfig, table, "data") for table in tables["data"]]
+        configs = cache_configs(tables)
         with join_processes().main_process_first():
             cells = [build_scene_cache(config, self.store, autoencoder) for config in configs]
             folders = [fold_cache(folder, autoencoder) for folder in cells]

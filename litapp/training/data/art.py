@@ -30,16 +30,21 @@ PACKAGES = {
     "twemoji": "@iconify-json/twemoji@1.2.5",
 }
 SPRITE_SIZE = 1024
+FLAGS = ([], ["mass"], ["fixed"], ["mass", "fixed"])
 _FETCHING = Lock()
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing that can be drawn: its icon's name and the words people use for it."""
+    """One thing that can be drawn: its icon's name and the words people use for it.
+
+    ``mass`` marks words without article and number, ``fixed`` what is never recoloured.
+    """
 
     icon: str
     names: tuple[str, ...]
     mass: bool
+    fixed: bool = False
 
     @property
     def name(self) -> str:
@@ -47,7 +52,7 @@ class Concept:
 
 
 def parse_concepts(text: str) -> list[Concept]:
-    """Read ``ICON : NAME [, SYNONYM ...] [: mass]`` lines; ``#`` starts a comment line.
+    """Read ``ICON : NAME [, SYNONYM ...] [: mass] [: fixed]`` lines; ``#`` starts a comment line.
 
     Raises:
         LitappError: a line has no name, or an icon stands twice.
@@ -57,16 +62,24 @@ def parse_concepts(text: str) -> list[Concept]:
         if not line.strip() or line.startswith("#"):
             continue
         icon, *rest = (part.strip() for part in line.split(" : "))
-        if not rest or icon in concepts or rest[1:] not in ([], ["mass"]):
+        if not rest or icon in concepts or rest[1:] not in FLAGS:
             raise LitappError(f"concept list, line {number}: cannot read {line.strip()!r}")
         names = tuple(name.strip() for name in rest[0].split(","))
-        concepts[icon] = Concept(icon, names, mass=len(rest) == 2)
+        concepts[icon] = Concept(icon, names, "mass" in rest[1:], "fixed" in rest[1:])
     return list(concepts.values())
 
 
-def load_concepts() -> list[Concept]:
-    """The bundled model's concepts, in file order."""
-    return parse_concepts(resources.files(__package__).joinpath("concepts.txt").read_text())
+def load_concepts(count: int | None = None) -> list[Concept]:
+    """The first ``count`` concepts of the list, all without: a model may know only a part of it.
+
+    Raises:
+        LitappError: the list has not as many.
+    """
+    text = resources.files(__package__).joinpath("concepts.txt").read_text(encoding="utf-8")
+    concepts = parse_concepts(text)
+    if count is not None and not 1 <= count <= len(concepts):
+        raise LitappError(f"the concept list has {len(concepts)} concepts, so not {count}")
+    return concepts[:count]
 
 
 def fetch_package(spec: str, cache: Path) -> Path:

@@ -14,19 +14,11 @@ from PIL import Image
 
 from litapp.training.data import backgrounds
 from litapp.training.data.art import Concept, SpriteStore
+from litapp.training.data.tints import TINTS, tint_sprite
 from litapp.training.data.words import article, plural
 
-# Hue in turns (HSV); None for the colours that have no hue.
-TINTS: dict[str, float | None] = {
-    "red": 0.99,
-    "orange": 0.08,
-    "yellow": 0.15,
-    "green": 0.33,
-    "blue": 0.6,
-    "purple": 0.77,
-    "pink": 0.91,
-    "gray": None,
-}
+# Counted up when a seed gives another scene, or a scene other pixels, so that no cache is mistaken.
+VERSION = 2
 STYLE_WORDS = {
     "glossy": ("glossy 3D", "3D", "glossy"),
     "flat": ("flat", "flat vector", "flat style"),
@@ -124,12 +116,13 @@ def _noun(rng: np.random.Generator, concept: Concept, adjective: str = "", count
     return phrase if concept.mass else article(phrase)
 
 
-def _names_a_colour(concept: Concept) -> bool:
-    return any(word in TINTS for word in concept.name.split())
+def recoloured(concept: Concept) -> bool:
+    """Whether captions may give it a colour: it neither is fixed nor names one."""
+    return not concept.fixed and not any(word in TINTS for word in concept.name.split())
 
 
 def _tintable(concept: Concept, tint: str) -> bool:
-    return not _names_a_colour(concept) and not held_out(concept.name, tint)
+    return recoloured(concept) and not held_out(concept.name, tint)
 
 
 def _subject(rng, concepts, mix: Mix, kind: str, style: str) -> tuple[list[Item], str]:
@@ -158,11 +151,11 @@ def _subject(rng, concepts, mix: Mix, kind: str, style: str) -> tuple[list[Item]
     if kind == "several":
         return _several(rng, concepts, style, jitter)
     paint = kind == "tinted_pair"
-    while paint and _names_a_colour(first):
+    while paint and not recoloured(first):
         first = _pick(rng, concepts)
     second = _pick(rng, concepts)
     while (
-        second is first or held_out(first.name, second.name) or (paint and _names_a_colour(second))
+        second is first or held_out(first.name, second.name) or (paint and not recoloured(second))
     ):
         second = _pick(rng, concepts)
     if paint:
@@ -223,21 +216,6 @@ def sample_scene(rng: np.random.Generator, concepts: list[Concept], mix: Mix) ->
         style_words = _pick(rng, STYLE_WORDS[style])
         words = f"{words}, {style_words}" if rng.random() < 0.5 else f"{style_words} {words}"
     return Scene(tuple(items), background, background.caption(rng, words), kind)
-
-
-def tint_sprite(rgba: np.ndarray, tint: str) -> np.ndarray:
-    """Recolour the saturated pixels of a straight-alpha RGBA image towards ``tint``."""
-    hsv = np.array(Image.fromarray(rgba[..., :3]).convert("HSV"))
-    hue = TINTS[tint]
-    coloured = hsv[..., 1] > 40
-    if hue is None:
-        hsv[..., 1][coloured] = hsv[..., 1][coloured] // 8
-    else:
-        hsv[..., 0][coloured] = int(hue * 255)
-        if tint == "pink":
-            hsv[..., 1][coloured] = hsv[..., 1][coloured] * 0.6
-    rgb = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
-    return np.concatenate([rgb, rgba[..., 3:]], axis=-1)
 
 
 def _sprite_image(store: SpriteStore, item: Item, pixels: int) -> Image.Image:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from litapp.training.data.scenes import TINTS
+from litapp.training.data.tints import TINTS
 from litapp.training.evaluation.segment import Mask, on_white
 
 # The same bound that recolouring takes: below it a pixel has no hue worth the name.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from litapp.training.data.art import PACKAGES, Concept, SpriteStore
-from litapp.training.data.scenes import TINTS, tint_sprite
+from litapp.training.data.scenes import recoloured
+from litapp.training.data.tints import TINTS, tint_sprite
 from litapp.training.evaluation.features import Extractor, normalised
 from litapp.training.evaluation.segment import DETAIL, cut_out
 
@@ -22,7 +23,7 @@ DETAILS = (DETAIL, 96, 48)
 # A recoloured sprite that differs less from its original, in mean 8-bit levels, is the same one.
 SAME = 4.0
 # Counted up when features would come out otherwise, so that cached ones are not mistaken.
-VERSION = 2
+VERSION = 3
 # How much of the mean variance is added to every direction before whitening.
 RIDGE = 0.1
 
@@ -87,7 +88,7 @@ def build_gallery(
         cache: a folder that keeps the features, by what they were made from.
     """
     key = repr((VERSION, PIXELS, DETAILS, sorted(TINTS), [(s, PACKAGES[s]) for s in styles]))
-    key += repr([concept.icon for concept in concepts])
+    key += repr([(concept.icon, recoloured(concept)) for concept in concepts])
     name = f"gallery-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if cache is not None and (cache / name).is_file():
         with np.load(cache / name, allow_pickle=False) as stored:
@@ -97,7 +98,8 @@ def build_gallery(
     def pictures() -> Iterator[NDArray[np.uint8]]:
         for i, concept in enumerate(concepts):
             for style in styles:
-                for picture in renderings(store.sprite(style, concept.icon)):
+                tints = TINTS if recoloured(concept) else ()
+                for picture in renderings(store.sprite(style, concept.icon), tints):
                     owners.append(i)
                     yield picture
 
@@ -108,8 +110,8 @@ def build_gallery(
     return gallery
 
 
-def renderings(sprite: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-    """A sprite cut out with each detail, and in each colour that changes it."""
+def renderings(sprite: NDArray[np.uint8], tints: Iterable[str]) -> Iterator[NDArray[np.uint8]]:
+    """A sprite cut out with each detail, and in each of the colours that changes it."""
     plain = Image.fromarray(np.asarray(sprite), "RGBa").resize(
         (PIXELS, PIXELS), Image.Resampling.BICUBIC, reducing_gap=2.0
     )
@@ -117,7 +119,7 @@ def renderings(sprite: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
         yield _cut(np.asarray(plain), detail)
     straight = np.asarray(plain.convert("RGBA"))
     visible = straight[..., 3] > 0
-    for tint in TINTS:
+    for tint in tints:
         tinted = tint_sprite(straight, tint)
         if np.abs(tinted.astype(int) - straight)[visible].mean() >= SAME:
             yield _cut(np.asarray(Image.fromarray(tinted, "RGBA").convert("RGBa")), DETAIL)

@@ -27,11 +27,11 @@ from litapp.training.data.scenes import (
     RELATIONS,
     SMALL,
     STACKED,
-    TINTS,
     Item,
     Scene,
     held_out,
 )
+from litapp.training.data.tints import TINTS
 from litapp.training.data.words import article, plural
 from litapp.training.evaluation.colours import saturated_share
 from litapp.training.evaluation.segment import pieces
@@ -46,6 +46,8 @@ KINDS = {
     "colour attribution": 33,
 }
 SEED = 2024
+# All that there were when the list was fixed.
+CONCEPTS = 184
 # The relations that are asked for: all that training knew when the list was fixed.
 ASKED = ("left", "above")
 # Recolouring shows only on art that is mostly saturated.
@@ -232,7 +234,7 @@ def main() -> None:
     """Print the list as JSON, one prompt a line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--art", type=Path, required=True, help="cache folder of the art")
-    prompts = build_prompts(load_concepts(), SpriteStore(parser.parse_args().art))
+    prompts = build_prompts(load_concepts(CONCEPTS), SpriteStore(parser.parse_args().art))
     lines = ",\n".join(json.dumps(asdict(prompt)) for prompt in prompts)
     sys.stdout.write(f"[\n{lines}\n]\n")
 

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import track
 
 from litapp.bundle import home
-from litapp.concepts import CONCEPTS, write_concepts
+from litapp.concepts import CONCEPTS, read_concepts, write_concepts
 from litapp.errors import EXIT_USAGE, LitappError
 from litapp.images import ensure_writable
 from litapp.pipeline import DEFAULT_MODEL, TextToImage
-from litapp.training.data.art import PACKAGES, SpriteStore, load_concepts
+from litapp.training.data.art import PACKAGES, Concept, SpriteStore, load_concepts
 from litapp.training.evaluation.draw import Draw, Job, bundle_drawer, checkpoint_drawer, sample_set
 from litapp.training.evaluation.efficientnet import EfficientNetLite0
 from litapp.training.evaluation.gallery import build_gallery
@@ -41,6 +41,8 @@ class Options:
         art: cache folder of the vector art.
         npz: file for the pictures, as the ADM suite reads them.
         concepts: folder that gets the ``concepts.json`` of the retrieval suite.
+        known: how many concepts of the list the model knows; without, those that its own
+            ``concepts.json`` names, or all.
     """
 
     model: str | None = None
@@ -55,6 +57,7 @@ class Options:
     json: Path | None = None
     npz: Path | None = None
     concepts: Path | None = None
+    known: int | None = None
 
     def __post_init__(self) -> None:
         if reason := self._refusal():
@@ -90,14 +93,20 @@ def main(options: Options) -> None:
     """
     for path in filter(None, (options.json, options.npz)):
         ensure_writable(path)
-    draw, subject = _subject(options)
-    extract, concepts = EfficientNetLite0(), load_concepts()
+    draw, folder, subject = _subject(options)
+    concepts = _known(options, folder)
+    extract = EfficientNetLite0()
     store = SpriteStore(options.art)
     _note("gallery")
     cache = home() / "evaluation"
     gallery = build_gallery(store, concepts, options.styles, extract, cache)
     world = World(tuple(concepts), store, extract, gallery, cache)
-    report: dict[str, Any] = {**subject, "styles": list(options.styles), "suites": {}}
+    report: dict[str, Any] = {
+        **subject,
+        "concepts": len(concepts),
+        "styles": list(options.styles),
+        "suites": {},
+    }
     for name in ALL if options.suite == "all" else (options.suite,):
         suite = SUITES[name](world, options.pictures)
         jobs = suite.jobs
@@ -112,16 +121,33 @@ def main(options: Options) -> None:
         _write(options.json, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
-def _subject(options: Options) -> tuple[Draw, dict[str, Any]]:
-    """How to draw, and what the report says about that."""
+def _known(options: Options, folder: Path) -> list[Concept]:
+    """The model's world.
+
+    Raises:
+        LitappError: the ``concepts.json`` in its folder names what is not in the list.
+    """
+    path = folder / CONCEPTS
+    if options.known is not None or not path.is_file():
+        return load_concepts(options.known)
+    names = {concept.name for concept in read_concepts(path)}
+    known = [concept for concept in load_concepts() if concept.name in names]
+    if strange := names.difference(concept.name for concept in known):
+        raise LitappError(f"{path} names {min(strange)!r}, which is not in the concept list")
+    return known
+
+
+def _subject(options: Options) -> tuple[Draw, Path, dict[str, Any]]:
+    """How to draw, the model's folder, and what the report says about that."""
     if options.checkpoint is not None:
         draw = checkpoint_drawer(options.checkpoint, options.steps, options.guidance)
-        return draw, {"name": options.checkpoint.parent.name, "kind": "checkpoint"}
+        subject = {"name": options.checkpoint.parent.name, "kind": "checkpoint"}
+        return draw, options.checkpoint, subject
     pipeline = TextToImage.load(options.model or DEFAULT_MODEL)
     res = options.res or RESOLUTION
     draw = bundle_drawer(pipeline, res, options.steps, options.guidance)
     manifest = pipeline.bundle.manifest
-    return draw, {
+    subject = {
         "name": manifest.name,
         "kind": "bundle",
         "digest": pipeline.bundle.digest,
@@ -129,6 +155,7 @@ def _subject(options: Options) -> tuple[Draw, dict[str, Any]]:
         "steps": options.steps or manifest.steps,
         "guidance": options.guidance or manifest.guidance,
     }
+    return draw, pipeline.bundle.root, subject
 
 
 def _drawn(

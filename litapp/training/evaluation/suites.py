@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from litapp.concepts import ConceptScore
+from litapp.errors import LitappError
 from litapp.training.data.art import Concept, SpriteStore
 from litapp.training.data.scenes import Mix, Scene, render, sample_scene
 from litapp.training.evaluation import retrieval, sceneeval
@@ -36,6 +37,13 @@ class World:
     extract: Extractor
     gallery: Gallery
     cache: Path | None = None
+
+    def require(self, icons: Iterable[str]) -> None:
+        """Refuse a suite about more than the model knows (LitappError)."""
+        if strange := set(icons).difference(concept.icon for concept in self.concepts):
+            raise LitappError(
+                f"this suite asks for {min(strange)!r}, which is not among the model's concepts"
+            )
 
     def verifier(self, prompts: Sequence[ScenePrompt]) -> VerifierReport:
         """The verifier's accuracy on rendered pictures: minutes, so it is kept."""
@@ -77,6 +85,7 @@ class SceneEval:
 
     def __init__(self, world: World, pictures: int | None) -> None:
         self.world, self.prompts = world, load_prompts()[:pictures]
+        world.require(wanted.icon for prompt in self.prompts for wanted in prompt.objects)
         self.jobs = [Job(prompt.prompt, i) for i, prompt in enumerate(self.prompts)]
 
     def measure(self, images: Iterable[Image.Image]) -> Result:
@@ -113,6 +122,7 @@ class Verifier:
 
     def __init__(self, world: World, pictures: int | None) -> None:
         self.world, self.prompts = world, load_prompts()[:pictures]
+        world.require(wanted.icon for prompt in self.prompts for wanted in prompt.objects)
         self.jobs: list[Job] = []
 
     def measure(self, images: Iterable[Image.Image]) -> Result:
@@ -147,6 +157,7 @@ class Paraphrase:
 
     def __init__(self, world: World, pictures: int | None) -> None:
         self.world, self.phrases = world, retrieval.load_paraphrases()[:pictures]
+        world.require(phrase.icon for phrase in self.phrases)
         self.jobs = [Job(retrieval.prompt_for(phrase), 0) for phrase in self.phrases]
 
     def measure(self, images: Iterable[Image.Image]) -> Result:
