@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
+import multiprocessing
+import shutil
 import socket
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-import litapp
 from litapp.errors import LitappError
 from litapp.models.dit import LiTDiTTransformer2DModel
 from litapp.training import families
@@ -30,10 +28,7 @@ from litapp.training.codec import load_codec
 from litapp.training.data.classes import list_pictures
 from litapp.training.recipe import load_recipe
 
-RECIPES = Path(families.__file__).parent / "recipes"
-OURS = ("class-teacher", "class-student", "lit")
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
+SHARDED = "sharding = 'full'\ngradient_accumulation = 2\ngradient_checkpointing = true"
 CLASSES = ("apple", "bee", "cat")
 NETWORK = {
     "num_attention_heads": 2,
@@ -65,6 +60,30 @@ sample_every = 3
 classes = ["bee", "apple"]
 steps = 2
 thumbnail = 32
+"""
+# One process: the command, telling at each checkpoint which part of all numbers it holds.
+PROCESS = """
+import json, os, sys
+import torch
+from litapp.cli import main
+from litapp.training import loop
+
+os.environ.update(environment)
+sys.argv = ["litapp", *arguments]
+torch.set_num_threads(1)
+save = loop.save_checkpoint
+
+def save_and_tell(folder, step, model, ema, optimizers, *rest):
+    save(folder, step, model, ema, optimizers, *rest)
+    states = [t for o in optimizers for state in o.state.values() for t in state.values()]
+    kinds = {"weights": [*model.parameters()], "average": ema.shadow_params, "states": states}
+    local = {k: [getattr(t, "_local_tensor", t) for t in kind] for k, kind in kinds.items()}
+    count = lambda tensors: sum(t.numel() for t in tensors)
+    held = {k: count(local[k]) / count(kind) for k, kind in kinds.items()}
+    (folder.parent / f"held-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(held))
+
+loop.save_checkpoint = save_and_tell
+main()
 """
 
 
@@ -111,19 +130,44 @@ def rows(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def command(workshop: Path, output: str) -> list[str]:
-    arguments = ["--recipe", "recipe.toml", "--teacher", "teacher", "--data", "pictures"]
-    arguments = [str(workshop / a) if not a.startswith("-") else a for a in arguments]
-    arguments += ["--output", str(workshop / output)]
-    return [sys.executable, "-m", "litapp", "train-kd", *arguments]
+@contextmanager
+def started(workshop: Path, output: str, processes: int) -> Iterator[list[BaseProcess]]:
+    """The command in that many processes, which are killed when the block ends before them."""
+    context = multiprocessing.get_context("forkserver")
+    # Imported once for all: that is most of what a process takes here.
+    context.set_forkserver_preload(["litapp.cli", "litapp.training.families"])
+    arguments = ["train-kd", "--recipe", str(workshop / "recipe.toml")]
+    for option, name in {"teacher": "teacher", "data": "pictures", "output": output}.items():
+        arguments += [f"--{option}", str(workshop / name)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # What torchrun sets, and `accelerate launch` through it.
+    shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = []
+    for rank in range(processes):
+        more = {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": 1, **shared}
+        environment = {k: str(v) for k, v in more.items()} if processes > 1 else {}
+        given = {"arguments": arguments, "environment": environment}
+        group.append(context.Process(target=exec, args=(PROCESS, given)))
+    try:
+        for process in group:
+            process.start()
+        yield group
+    finally:
+        for process in group:
+            process.kill()
+            process.join()
 
 
-def environment(**more: object) -> dict[str, str]:
-    path = os.pathsep.join(
-        [str(Path(litapp.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    )
-    more = {name: str(value) for name, value in more.items()}
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+def finish(group: list[BaseProcess]) -> None:
+    for process in group:
+        process.join(timeout=300)
+        assert process.exitcode == 0
+
+
+def trained(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((output / "model" / "transformer").glob("*.safetensors")))
 
 
 def test_student_inherits_distils_samples_and_saves(workshop: Path) -> None:
@@ -152,11 +196,9 @@ def test_an_autoencoder_of_other_channels_is_refused_before_pictures_are_encoded
     assert not (workshop / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "recipe", (*(RECIPES / f"{name}.toml" for name in OURS), BENCHMARKS / "method-teacher.toml")
-)
-def test_recipes_that_name_our_autoencoder_read_its_latents(recipe: Path) -> None:
-    tables = load_recipe(recipe)
+@pytest.mark.parametrize("recipe", ("class-teacher", "class-student", "lit", "lit-1k"))
+def test_recipes_that_name_our_autoencoder_read_its_latents(recipe: str) -> None:
+    tables = load_recipe(Path(recipe))
     folder = Path(__file__).parents[1] / tables["autoencoder"]["path"]
     config = json.loads((folder / "config.json").read_text())
     assert tables["model"]["in_channels"] == config["latent_channels"]
@@ -216,76 +258,70 @@ def test_micro_batches_and_checkpointing_give_the_same_loss_curve(workshop: Path
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_gloo_processes_follow_the_curve_of_one(workshop: Path, optimizer: str) -> None:
-    write_recipe(workshop, loop=f"optimizer = '{optimizer}'")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # What torchrun sets, and `accelerate launch` through it.
-    shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = []
-    with ExitStack() as stack:
-        for rank in range(2):
-            process = subprocess.Popen(
-                command(workshop, "two"),
-                env=environment(RANK=rank, LOCAL_RANK=rank, ACCELERATE_USE_CPU=1, **shared),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            processes.append(stack.enter_context(process))
-            stack.callback(process.kill)
+@pytest.mark.parametrize("loop", ["", "optimizer = 'muon'", SHARDED], ids=["adamw", "muon", "fsdp"])
+def test_two_gloo_processes_follow_the_curve_of_one(workshop: Path, loop: str) -> None:
+    write_recipe(workshop, loop=loop)
+    with started(workshop, "two", 2) as group:
         one = rows(run(workshop, "one"))
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-    two = rows(workshop / "two")
-    for a, b in zip(one, two, strict=True):
-        for name in ("loss", "simple", "vlb", "kd_noise", "kd_variance"):
+        finish(group)
+    for a, b in zip(one, rows(workshop / "two"), strict=True):
+        for name in ("loss", "simple", "vlb", "kd_noise", "kd_variance", "grad_norm"):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=2e-6), name
     first, second = (
         load_file(workshop / name / "checkpoint" / "model.safetensors") for name in ("one", "two")
     )
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5)
+    first, second = trained(workshop / "one"), trained(workshop / "two")
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5)
+    share = 0.5 if loop == SHARDED else 1
+    for rank in range(2):
+        parts = json.loads((workshop / "two" / f"held-{rank}.json").read_text())
+        assert parts == pytest.approx(dict.fromkeys(parts, share), abs=0.01)
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As the commands of :func:`environment`: the number of threads decides the order of sums."""
+    """As the processes of :func:`started`: the number of threads decides the order of sums."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("processes", "steps"), [(1, 60), (2, 12)], ids=["one", "fsdp"])
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
-    workshop: Path, one_thread: None
+    workshop: Path, one_thread: None, processes: int, steps: int
 ) -> None:
-    write_recipe(workshop, steps=60)
-    whole = run(workshop, "whole")
-    killed = workshop / "killed"
-    process = subprocess.Popen(
-        command(workshop, "killed"), env=environment(), stderr=subprocess.DEVNULL
-    )
-    until = time.monotonic() + 300
-    while time.monotonic() < until and process.poll() is None:
-        log = killed / "metrics.jsonl"
-        if log.is_file() and len(log.read_text().splitlines()) >= 5:
-            break
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    write_recipe(workshop, steps=steps, loop="sharding = 'full'" if processes > 1 else "")
+
+    def run_all(output: str) -> Path:
+        if processes == 1:
+            return run(workshop, output)
+        with started(workshop, output, processes) as group:
+            finish(group)
+        return workshop / output
+
+    whole, killed = run_all("whole"), workshop / "killed"
+    with started(workshop, "killed", processes) as group:
+        until = time.monotonic() + 300
+        while time.monotonic() < until and group[0].is_alive():
+            log = killed / "metrics.jsonl"
+            if log.is_file() and len(log.read_text().splitlines()) >= 3:
+                break
+            time.sleep(0.01)
     assert not (killed / "model").exists()
-    assert len(rows_so_far := (killed / "metrics.jsonl").read_text().splitlines()) < 60
+    assert len(rows_so_far := (killed / "metrics.jsonl").read_text().splitlines()) < steps
     assert rows_so_far
-    run(workshop, "killed")
-    assert [row["step"] for row in rows(killed)] == list(range(1, 61))
-    first, second = (
-        load_file(next((output / "model" / "transformer").glob("*.safetensors")))
-        for output in (whole, killed)
+    shutil.copytree(killed, workshop / "alone")
+    run_all("killed")
+    assert [row["step"] for row in rows(killed)] == list(range(1, steps + 1))
+    assert all(torch.equal(value, trained(killed)[name]) for name, value in trained(whole).items())
+    alone = rows(run(workshop, "alone"))
+    assert [row["loss"] for row in alone] == pytest.approx(
+        [row["loss"] for row in rows(whole)], rel=1e-3
     )
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_latents_are_cached_once_and_made_anew_for_other_pictures(workshop: Path) -> None:

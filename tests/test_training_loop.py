@@ -6,15 +6,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 
 from litapp.errors import LitappError
 from litapp.folders import recover_folder, replace_folder
-from litapp.training.distributed import check_processes
 from litapp.training.loop import LoopConfig, train
 from litapp.training.muon import Muon, orthogonalise
 from litapp.training.recipe import from_table, load_recipe
@@ -189,10 +186,27 @@ def test_what_the_loop_cannot_do_is_refused_before_anything_is_written(tmp_path:
             tmp_path / "a",
             False,
         )
+    with pytest.raises(LitappError, match="only transformers can be sharded"):
+        train(Net(), regress, batches, replace(CONFIG, sharding="full"), tmp_path / "a", False)
     assert not (tmp_path / "a").exists()
-    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP, num_processes=1)
-    with pytest.raises(LitappError, match="FSDP shards the weights"):
-        check_processes(sharded, 8, 1)
+
+
+@pytest.mark.parametrize("backend", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_accelerates_own_sharding_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{backend}", "true")
+    with pytest.raises(LitappError, match=f'accelerate\'s {backend}.* sharding = "full"'):
+        train(Net(), regress, batches, CONFIG, tmp_path / "a", False)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_loop_that_cannot_be_sharded_is_one_clear_line() -> None:
+    loop = {"steps": 1, "batch_size": 1, "learning_rate": 1e-3}
+    with pytest.raises(LitappError, match=r"\[loop\]: sharding is 'half': use none or full"):
+        from_table(LoopConfig, loop | {"sharding": "half"}, "loop")
+    with pytest.raises(LitappError, match=r"\[loop\]: muon needs whole matrices.*use adamw"):
+        from_table(LoopConfig, loop | {"sharding": "full", "optimizer": "muon"}, "loop")
 
 
 def test_recipes_that_cannot_be_read_are_one_clear_line(tmp_path: Path) -> None:
@@ -206,3 +220,22 @@ def test_recipes_that_cannot_be_read_are_one_clear_line(tmp_path: Path) -> None:
         load_recipe(tmp_path / "short.toml", "loop", "model")
     with pytest.raises(LitappError, match=r"\[loop\].*stepz"):
         from_table(LoopConfig, {"stepz": 1}, "loop")
+
+
+def test_a_recipe_that_extends_several_takes_most_from_the_last(tmp_path: Path) -> None:
+    def write(name: str, text: str) -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    def tables(*names: str) -> str:
+        return "".join(f"[{name}]\nsteps = {i}\n" for i, name in enumerate(names))
+
+    world = write("world.toml", tables("art", "data", "loop"))
+    stage = write("stage.toml", f"extends = '{world}'\n[loop]\nsteps = 7\n")
+    larger = write("larger.toml", "[data]\nsteps = 9\n")
+    last = write("last.toml", f"extends = ['{stage}', '{larger}']\n[model]\n")
+    steps = {name: table.get("steps") for name, table in load_recipe(last).items()}
+    assert steps == {"art": 0, "data": 9, "loop": 7, "model": None}
+    write("larger.toml", f"extends = '{last}'\n")
+    with pytest.raises(LitappError, match="extends itself"):
+        load_recipe(last)

@@ -10,19 +10,29 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from litapp.errors import LitappError
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+REFUSED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 def join_processes() -> PartialState:
     """Meet the other processes that ``accelerate launch`` or ``torchrun`` started, if any.
 
     accelerate connects CPU processes only where it is told that the CPU is meant.
+
+    Raises:
+        LitappError: accelerate is configured for a backend that shards the weights.
     """
+    for backend in REFUSED:
+        # Asked of the environment: accelerate passes over these in silence on CPUs.
+        if parse_flag_from_env(f"ACCELERATE_USE_{backend}"):
+            raise LitappError(
+                f"litapp does not train with accelerate's {backend}: choose plain multi-GPU in "
+                '`accelerate config`, and shard the weights with sharding = "full" in [loop]'
+            )
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu)
 
@@ -31,14 +41,9 @@ def check_processes(accelerator: Accelerator, batch_size: int, accumulation: int
     """Refuse what this loop cannot do, before anything is written.
 
     Raises:
-        LitappError: the weights are to be sharded, or processes and micro-batches do not divide
-            the batch evenly: their mean would not be the batch's.
+        LitappError: processes and micro-batches do not divide the batch evenly: their mean would
+            not be the batch's.
     """
-    if accelerator.distributed_type in SHARDED:
-        raise LitappError(
-            f"{accelerator.distributed_type.value} shards the weights, which litapp cannot save: "
-            "choose plain multi-GPU in `accelerate config`, and gradient_checkpointing"
-        )
     processes = accelerator.num_processes
     if accumulation < 1 or batch_size % (processes * accumulation):
         raise LitappError(

@@ -28,6 +28,7 @@ from litapp.folders import recover_folder
 from litapp.training.checkpoint import load_checkpoint, save_checkpoint
 from litapp.training.distributed import average, check_processes, join_processes, share
 from litapp.training.muon import Muon
+from litapp.training.sharding import Replicated, Sharded, gather
 
 LossFunction = Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, dict[str, float]]]
 Draw = Callable[[Any, torch.Generator], Any]
@@ -38,7 +39,8 @@ class LoopConfig:
     """How long and how hard to train; the ``[loop]`` table of a recipe.
 
     ``batch_size`` counts the samples of one step, over all processes and over the
-    ``gradient_accumulation`` micro-batches of each.
+    ``gradient_accumulation`` micro-batches of each. ``sharding = "full"`` shares out weights,
+    gradients and optimiser states to the processes; one alone has all of them.
     """
 
     steps: int
@@ -58,6 +60,13 @@ class LoopConfig:
     seed: int = 0
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
+    sharding: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.sharding not in ("none", "full"):
+            raise ValueError(f"sharding is {self.sharding!r}: use none or full")
+        if self.sharding == "full" and self.optimizer == "muon":
+            raise ValueError("muon needs whole matrices, and sharding leaves none: use adamw")
 
 
 def choose_precision(requested: str) -> str:
@@ -143,7 +152,8 @@ def train(
         batches: ``start_step -> iterator``, one batch per step from there on, the same every time.
         output: gets ``metrics.jsonl`` and ``checkpoint/``.
         resume: go on from ``output/checkpoint`` where there is one.
-        on_sample: called with the averaged weights in place, every ``sample_every`` steps.
+        on_sample: called on the main process with the averaged weights in place, whole, every
+            ``sample_every`` steps.
         draw: adds what is random to a batch, before it is shared out to processes and
             micro-batches; what ``loss_function`` draws itself differs with their number.
 
@@ -153,16 +163,18 @@ def train(
     join_processes()
     accelerator = Accelerator(mixed_precision=choose_precision(config.precision))
     check_processes(accelerator, config.batch_size, config.gradient_accumulation)
+    _check_network(model, config)
     if config.gradient_checkpointing:
-        if not hasattr(model, "enable_gradient_checkpointing"):
-            raise LitappError("this network has no gradient checkpointing: leave it out of [loop]")
         model.enable_gradient_checkpointing()
     output.mkdir(parents=True, exist_ok=True)
-    optimizers = make_optimizers(model, config)
-    schedulers = _schedulers(optimizers, config)
     raw = model
-    model, *prepared = accelerator.prepare(model, *optimizers)
-    ema = EMAModel(raw.parameters(), decay=config.ema_decay, foreach=True)
+    shared_out = config.sharding == "full" and accelerator.num_processes > 1
+    weights = (Sharded if shared_out else Replicated)(raw, accelerator)
+    trained = weights.trained
+    optimizers = make_optimizers(trained, config)
+    schedulers = _schedulers(optimizers, config)
+    model, prepared = weights.prepare(optimizers)
+    ema = EMAModel(trained.parameters(), decay=config.ema_decay, foreach=True)
     stop = _StopRequested()
     checkpoint = output / "checkpoint"
     main = accelerator.is_main_process
@@ -171,7 +183,7 @@ def train(
     accelerator.wait_for_everyone()
     step = 0
     if resume and checkpoint.is_dir():
-        step = load_checkpoint(checkpoint, raw, ema, optimizers, schedulers)
+        step = load_checkpoint(checkpoint, trained, ema, optimizers, schedulers)
     if main:
         _trim_log(output, step)
     saved = time.monotonic()
@@ -187,34 +199,43 @@ def train(
             batch = draw(batch, generator) if draw else batch
             parts = share(batch, accelerator, config.gradient_accumulation)
             figures = _backward(accelerator, model, loss_function, parts, generator)
-            figures = average([{**row, "stop": float(stop.now)} for row in figures], accelerator)
-            norm = accelerator.clip_grad_norm_(raw.parameters(), config.max_grad_norm)
+            due = time.monotonic() - saved > config.checkpoint_minutes * 60
+            wishes = {"stop": float(stop.now), "save": float(due)}
+            figures = average([{**row, **wishes} for row in figures], accelerator)
+            norm = gather(accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm))
             if not torch.isfinite(norm):
                 raise LitappError(f"step {step}: the gradient is not finite; lower learning_rate")
             for optimizer, scheduler in zip(prepared, schedulers, strict=True):
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
-            ema.step(raw.parameters())
+            ema.step(trained.parameters())
             step += 1
-            loss, stopping = figures.pop("loss"), figures.pop("stop") > 0
+            loss = figures.pop("loss")
+            stopping, saving = (figures.pop(name) > 0 for name in wishes)
             progress.update(task, completed=step, description=f"loss {loss:.4f}")
             if step % config.log_every == 0 and main:
                 rate = (step - first) * config.batch_size / (time.monotonic() - started)
                 _log(output, step, loss, float(norm), rate, schedulers[0], figures)
-            if main:
-                if time.monotonic() - saved > config.checkpoint_minutes * 60:
-                    save_checkpoint(checkpoint, step, raw, ema, optimizers, schedulers)
-                    saved = time.monotonic()
-                if on_sample and step % config.sample_every == 0:
-                    _with_average(raw, ema, lambda at=step: on_sample(raw, at))
+            if saving:
+                save_checkpoint(checkpoint, step, trained, ema, optimizers, schedulers, main)
+                saved = time.monotonic()
+            if on_sample and step % config.sample_every == 0:
+                weights.lend_average(ema, lambda at=step: on_sample(raw, at))
             if stopping:
                 break
-    if main:
-        save_checkpoint(checkpoint, step, raw, ema, optimizers, schedulers)
+    save_checkpoint(checkpoint, step, trained, ema, optimizers, schedulers, main)
     accelerator.wait_for_everyone()
-    ema.copy_to(raw.parameters())
+    weights.leave_average(ema)
     return step >= config.steps
+
+
+def _check_network(model: nn.Module, config: LoopConfig) -> None:
+    """Refuse what the network does not have, before anything is written."""
+    if config.gradient_checkpointing and not hasattr(model, "enable_gradient_checkpointing"):
+        raise LitappError("this network has no gradient checkpointing: leave it out of [loop]")
+    if config.sharding == "full" and not hasattr(model, "transformer_blocks"):
+        raise LitappError("only transformers can be sharded: leave sharding out of [loop]")
 
 
 def _backward(
@@ -228,7 +249,8 @@ def _backward(
     rows = []
     for index, part in enumerate(parts):
         last = index == len(parts) - 1
-        # Processes exchange gradients once a step, with the last micro-batch.
+        # Processes exchange gradients once a step, with the last micro-batch; sharded ones with
+        # each, for no process has room for all gradients.
         with nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast():
                 loss, figures = loss_function(model, part, generator)
@@ -252,18 +274,6 @@ def _trim_log(output: Path, step: int) -> None:
     partial = log.with_suffix(".partial")
     partial.write_text("".join(kept))
     partial.replace(log)
-
-
-def _with_average(model: nn.Module, ema: EMAModel, call: Callable[[], None]) -> None:
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
-    model.eval()
-    try:
-        with torch.no_grad():
-            call()
-    finally:
-        model.train()
-        ema.restore(model.parameters())
 
 
 def _log(
