@@ -257,3 +257,32 @@ def isolated_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LITAPP_HOME", str(home))
     monkeypatch.chdir(here)
     return home
+
+
+@pytest.fixture
+def save_lit() -> Callable[..., None]:
+    """Saves a text-to-image LiT of one block, random, which reads :func:`any_text`."""
+    import torch
+
+    from litapp.models.lit import LiTTransformer2DModel
+
+    def save(folder: Path, zero: bool = False, **changes: object) -> None:
+        torch.manual_seed(0)
+        config = {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 1,
+            "sample_size": 2,
+            "patch_size": 1,
+            "caption_channels": 384,
+            "cross_attention_dim": 16,
+            "pooled_projection_dim": 384,
+        }
+        model = LiTTransformer2DModel(**(config | changes))
+        if zero:
+            model.initialise()
+        model.save_pretrained(folder)
+
+    return save

@@ -311,29 +311,17 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_draws_as_its_own_model_toml_says(
-    autoencoder: Path, any_text: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    autoencoder: Path,
+    any_text: tuple,
+    save_lit: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import torch
-
     from litapp.models import text_encoder
-    from litapp.models.lit import LiTTransformer2DModel
     from litapp.training.diffusion import DiffusionConfig
 
     monkeypatch.setattr(text_encoder, "load_text_encoder", lambda: any_text)
-    torch.manual_seed(0)
-    model = LiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        sample_size=4,
-        patch_size=1,
-        caption_channels=384,
-        cross_attention_dim=16,
-        pooled_projection_dim=384,
-    )
-    model.save_pretrained(tmp_path / "transformer")
+    save_lit(tmp_path / "transformer", sample_size=4)
     DiffusionConfig().scheduler().save_pretrained(tmp_path / "scheduler")
     jobs = [Job("a cat", 0)]
 

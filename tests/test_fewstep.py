@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from litapp.errors import LitappError
-from litapp.models.lit import LiTTransformer2DModel
 from litapp.training import fewstep, latents
 from litapp.training.codec import load_codec
 from litapp.training.diffusion import DiffusionConfig
@@ -105,22 +105,14 @@ def test_every_step_is_drawn_as_often() -> None:
 
 @pytest.fixture
 def workshop(
-    tmp_path: Path, autoencoder: Path, any_text: tuple, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    autoencoder: Path,
+    any_text: tuple,
+    save_lit: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     monkeypatch.setattr(fewstep, "load_text_encoder", lambda: any_text)
-    model = LiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        sample_size=2,
-        patch_size=1,
-        caption_channels=384,
-        cross_attention_dim=16,
-        pooled_projection_dim=384,
-    )
-    model.save_pretrained(tmp_path / "teacher/transformer")
+    save_lit(tmp_path / "teacher/transformer")
     SCHEDULER.save_pretrained(tmp_path / "teacher/scheduler")
     pictures = tmp_path / "pictures"
     pictures.mkdir()

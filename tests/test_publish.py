@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,27 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from litapp.models.autoencoder import SceneAutoencoder
-from litapp.models.lit import LiTTransformer2DModel
 from litapp.training import publish
 from litapp.training.diffusion import DiffusionConfig
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path, save_lit: Callable[..., None]) -> Path:
     """The ``model`` folder of a run."""
-    torch.manual_seed(0)
-    model = LiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        sample_size=4,
-        patch_size=1,
-        caption_channels=16,
-        cross_attention_dim=16,
-    )
-    model.save_pretrained(tmp_path / "model" / "transformer")
+    save_lit(tmp_path / "model" / "transformer")
     DiffusionConfig().scheduler().save_pretrained(tmp_path / "model" / "scheduler")
     return tmp_path / "model"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 
 from litapp.errors import LitappError
 from litapp.models.autoencoder import SceneAutoencoder
-from litapp.models.lit import LiTTransformer2DModel
 from litapp.training import autoencoder as autoencoder_training
 from litapp.training import refine
 from litapp.training.codec import fold_cells
@@ -37,25 +37,16 @@ class BallStore:
 
 @pytest.fixture
 def workshop(
-    tmp_path: Path, folded: Path, any_text: tuple, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    folded: Path,
+    any_text: tuple,
+    save_lit: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     """A recipe, an autoencoder and a transformer that predicts zeros, as an untrained one does."""
     monkeypatch.setattr(refine, "load_text_encoder", lambda: any_text)
     monkeypatch.setattr(refine, "SpriteStore", BallStore)
-    model = LiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=6,
-        out_channels=12,
-        num_layers=1,
-        sample_size=2,
-        patch_size=1,
-        caption_channels=384,
-        cross_attention_dim=16,
-        pooled_projection_dim=384,
-    )
-    model.initialise()
-    model.save_pretrained(tmp_path / "model" / "transformer")
+    save_lit(tmp_path / "model" / "transformer", zero=True, in_channels=6, out_channels=12)
     scheduler = DiffusionConfig(prediction_type="sample").scheduler()
     scheduler.save_pretrained(tmp_path / "model" / "scheduler")
     (tmp_path / "recipe.toml").write_text(
