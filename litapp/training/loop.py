@@ -6,7 +6,6 @@ checkpoint needs no generator states.
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,13 +20,13 @@ from diffusers.training_utils import EMAModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers.optimization import get_scheduler
 
 from litapp.errors import LitappError
 from litapp.folders import recover_folder
 from litapp.training.checkpoint import load_checkpoint, save_checkpoint
 from litapp.training.distributed import average, check_processes, join_processes, share
-from litapp.training.muon import Muon
+from litapp.training.metrics import log, trim_log
+from litapp.training.optimizers import make_optimizers, make_schedulers
 from litapp.training.sharding import Replicated, Sharded, gather
 
 LossFunction = Callable[[nn.Module, Any, torch.Generator], tuple[Tensor, dict[str, float]]]
@@ -78,50 +77,6 @@ def choose_precision(requested: str) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
 
 
-def make_optimizers(model: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the blocks' matrices and kernels and AdamW for the rest."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    adamw = {
-        "lr": config.learning_rate,
-        "betas": (0.9, 0.99),
-        "weight_decay": config.weight_decay,
-        "fused": True,
-    }
-    if config.optimizer == "adamw":
-        return [torch.optim.AdamW([p for _, p in named], **adamw)]
-    if config.optimizer != "muon":
-        raise LitappError(f"unknown optimizer {config.optimizer!r}: use adamw or muon")
-    matrices = [
-        p
-        for n, p in named
-        if (p.ndim == 2 and "blocks." in n and "table" not in n) or (p.ndim == 4 and "conv" in n)
-    ]
-    chosen = {id(p) for p in matrices}
-    muon = Muon(
-        matrices,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        dtype=torch.bfloat16 if choose_precision(config.precision) == "bf16" else torch.float32,
-    )
-    return [muon, torch.optim.AdamW([p for _, p in named if id(p) not in chosen], **adamw)]
-
-
-def _schedulers(optimizers: list, config: LoopConfig) -> list:
-    specific = {}
-    if config.schedule == "warmup_stable_decay":
-        specific = {"scheduler_specific_kwargs": {"num_decay_steps": config.decay_steps}}
-    return [
-        get_scheduler(
-            config.schedule,
-            optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.steps,
-            **specific,
-        )
-        for optimizer in optimizers
-    ]
-
-
 class _StopRequested:
     """Turns SIGTERM and SIGINT into "stop after this step, with a checkpoint"."""
 
@@ -161,73 +116,123 @@ def train(
         Whether all steps were done; False when a signal asked to stop early.
     """
     join_processes()
-    accelerator = Accelerator(mixed_precision=choose_precision(config.precision))
-    check_processes(accelerator, config.batch_size, config.gradient_accumulation)
-    _check_network(model, config)
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    output.mkdir(parents=True, exist_ok=True)
-    raw = model
-    shared_out = config.sharding == "full" and accelerator.num_processes > 1
-    weights = (Sharded if shared_out else Replicated)(raw, accelerator)
-    trained = weights.trained
-    optimizers = make_optimizers(trained, config)
-    schedulers = _schedulers(optimizers, config)
-    model, prepared = weights.prepare(optimizers)
-    ema = EMAModel(trained.parameters(), decay=config.ema_decay, foreach=True)
-    stop = _StopRequested()
-    checkpoint = output / "checkpoint"
-    main = accelerator.is_main_process
+    run = _Run(model, config, output / "checkpoint")
+    main = run.accelerator.is_main_process
+    step = first = run.start(resume)
     if main:
-        recover_folder(checkpoint)
-    accelerator.wait_for_everyone()
-    step = 0
-    if resume and checkpoint.is_dir():
-        step = load_checkpoint(checkpoint, trained, ema, optimizers, schedulers)
-    if main:
-        _trim_log(output, step)
-    saved = time.monotonic()
-    source = batches(step)
+        trim_log(output, step)
+    stop, started = _StopRequested(), time.monotonic()
+    saved, source = started, batches(step)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not main) as progress:
         task = progress.add_task("training", total=config.steps, completed=step)
-        started, first = time.monotonic(), step
         while step < config.steps:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            batch = next(source)
-            batch = draw(batch, generator) if draw else batch
-            parts = share(batch, accelerator, config.gradient_accumulation)
-            figures = _backward(accelerator, model, loss_function, parts, generator)
             due = time.monotonic() - saved > config.checkpoint_minutes * 60
             wishes = {"stop": float(stop.now), "save": float(due)}
-            figures = average([{**row, **wishes} for row in figures], accelerator)
-            norm = gather(accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm))
-            if not torch.isfinite(norm):
-                raise LitappError(f"step {step}: the gradient is not finite; lower learning_rate")
-            for optimizer, scheduler in zip(prepared, schedulers, strict=True):
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad(set_to_none=True)
-            ema.step(trained.parameters())
+            figures = run.step(step, next(source), loss_function, draw, wishes)
             step += 1
-            loss = figures.pop("loss")
             stopping, saving = (figures.pop(name) > 0 for name in wishes)
-            progress.update(task, completed=step, description=f"loss {loss:.4f}")
+            progress.update(task, completed=step, description=f"loss {figures['loss']:.4f}")
             if step % config.log_every == 0 and main:
                 rate = (step - first) * config.batch_size / (time.monotonic() - started)
-                _log(output, step, loss, float(norm), rate, schedulers[0], figures)
+                log(output, step, run.learning_rate, rate, figures)
             if saving:
-                save_checkpoint(checkpoint, step, trained, ema, optimizers, schedulers, main)
+                run.save(step)
                 saved = time.monotonic()
             if on_sample and step % config.sample_every == 0:
-                weights.lend_average(ema, lambda at=step: on_sample(raw, at))
+                run.weights.lend_average(run.ema, lambda at=step: on_sample(model, at))
             if stopping:
                 break
-    save_checkpoint(checkpoint, step, trained, ema, optimizers, schedulers, main)
-    accelerator.wait_for_everyone()
-    weights.leave_average(ema)
+    run.save(step)
+    run.accelerator.wait_for_everyone()
+    run.weights.leave_average(run.ema)
     return step >= config.steps
+
+
+class _Run:
+    """Network, optimisers, schedules and average of one run: what its checkpoint holds.
+
+    Raises:
+        LitappError: the loop cannot do what the configuration asks for; nothing is written then.
+    """
+
+    def __init__(self, network: nn.Module, config: LoopConfig, checkpoint: Path) -> None:
+        self.config, self.checkpoint = config, checkpoint
+        self.accelerator = Accelerator(mixed_precision=choose_precision(config.precision))
+        check_processes(self.accelerator, config.batch_size, config.gradient_accumulation)
+        _check_network(network, config)
+        if config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        shared_out = config.sharding == "full" and self.accelerator.num_processes > 1
+        self.weights = (Sharded if shared_out else Replicated)(network, self.accelerator)
+        self.trained = self.weights.trained
+        bf16 = choose_precision(config.precision) == "bf16"
+        self.optimizers = make_optimizers(self.trained, config, bf16)
+        self.schedulers = make_schedulers(self.optimizers, config)
+        self.model, self.prepared = self.weights.prepare(self.optimizers)
+        parameters = self.trained.parameters()
+        self.ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
+
+    @property
+    def _state(self) -> tuple[nn.Module, EMAModel, list, list]:
+        return self.trained, self.ema, self.optimizers, self.schedulers
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first group of the first optimiser."""
+        return self.schedulers[0].get_last_lr()[0]
+
+    def start(self, resume: bool) -> int:
+        """The step to go on from: the checkpoint's, where there is one and it is wanted."""
+        if self.accelerator.is_main_process:
+            recover_folder(self.checkpoint)
+        self.accelerator.wait_for_everyone()
+        return (
+            load_checkpoint(self.checkpoint, *self._state)
+            if resume and self.checkpoint.is_dir()
+            else 0
+        )
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint; all processes take part."""
+        save_checkpoint(self.checkpoint, step, *self._state, self.accelerator.is_main_process)
+
+    def step(
+        self,
+        step: int,
+        batch: Any,
+        loss_function: LossFunction,
+        draw: Draw | None,
+        wishes: dict[str, float],
+    ) -> dict[str, float]:
+        """One step of the optimisers and the average.
+
+        Args:
+            wishes: of this process; above 0 in the result where any process has them.
+
+        Returns:
+            The figures of the loss, ``loss`` and ``grad_norm`` among them, and the wishes.
+
+        Raises:
+            LitappError: the gradient is not finite.
+        """
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        batch = draw(batch, generator) if draw else batch
+        parts = share(batch, self.accelerator, self.config.gradient_accumulation)
+        rows = _backward(self.accelerator, self.model, loss_function, parts, generator)
+        figures = average([{**row, **wishes} for row in rows], self.accelerator)
+        parameters, most = self.trained.parameters(), self.config.max_grad_norm
+        norm = gather(self.accelerator.clip_grad_norm_(parameters, most))
+        if not torch.isfinite(norm):
+            raise LitappError(f"step {step}: the gradient is not finite; lower learning_rate")
+        for optimizer, scheduler in zip(self.prepared, self.schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.ema.step(self.trained.parameters())
+        return {**figures, "grad_norm": float(norm)}
 
 
 def _check_network(model: nn.Module, config: LoopConfig) -> None:
@@ -257,36 +262,3 @@ def _backward(
             accelerator.backward(loss / len(parts))
         rows.append({"loss": loss.item(), **figures})
     return rows
-
-
-def _trim_log(output: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that a killed run goes on from."""
-    log = output / "metrics.jsonl"
-    if not log.is_file():
-        return
-    kept = []
-    for line in log.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # the line that the kill cut short
-    partial = log.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(log)
-
-
-def _log(
-    output: Path, step: int, loss: float, norm: float, rate: float, scheduler, figures
-) -> None:
-    row = {
-        "time": round(time.time(), 1),
-        "step": step,
-        "loss": round(loss, 6),
-        "grad_norm": round(norm, 4),
-        "learning_rate": scheduler.get_last_lr()[0],
-        "samples_per_second": round(rate, 2),
-        **{name: round(value, 6) for name, value in figures.items()},
-    }
-    with (output / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
