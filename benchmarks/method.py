@@ -19,6 +19,7 @@ from pathlib import Path
 from method_runs import Budget, Cell, Workshop
 
 from litapp.errors import LitappError
+from litapp.models.inherit import PROJECTIONS
 from litapp.training.losses import Distillation
 
 Rows = list[dict]
@@ -78,7 +79,7 @@ def inheritance(shop: Workshop, arguments: argparse.Namespace) -> Rows:
         "with V": ("to_v",),
         "with O": ("to_out",),
         "with Q, K, V": ("to_q", "to_k", "to_v"),
-        "with Q, K, V, O": ("to_q", "to_k", "to_v", "to_out"),
+        "with Q, K, V, O": PROJECTIONS,
     }
     cells = {"none": SCRATCH, "all but attention": INHERITED}
     cells |= {name: Cell(name, projections=parts) for name, parts in taken.items()}
@@ -116,6 +117,11 @@ def steps(shop: Workshop, arguments: argparse.Namespace) -> Rows:
         "from scratch": SCRATCH,
         "inherited": INHERITED,
         "inherited, distilled": distilled(arguments),
+        "Q, K, V, O too": Cell(
+            "all inherited, distilled",
+            projections=PROJECTIONS,
+            distils=distilled(arguments).distils,
+        ),
     }
     goal = shop.error(shop.teacher)
     rows = []
