@@ -16,11 +16,20 @@ from safetensors.torch import save_file
 from litapp.errors import LitappError
 from litapp.models.autoencoder import SceneAutoencoder
 from litapp.training.autoencoder import measure_latents, psnr, reconstruction_loss
-from litapp.training.codec import SceneCodec
+from litapp.training.codec import SceneCodec, encode_cells
 from litapp.training.data.art import SpriteStore, load_concepts
 from litapp.training.data.folder import list_folder
-from litapp.training.data.scenes import Mix
-from litapp.training.latents import LatentData, build_folder_cache, cache_configs, shard_scenes
+from litapp.training.data.scenes import Mix, render
+from litapp.training.latents import (
+    SHARD,
+    CacheConfig,
+    LatentData,
+    build_folder_cache,
+    build_scene_cache,
+    cache_configs,
+    load_shard,
+    shard_scenes,
+)
 from litapp.training.recipe import load_recipe
 
 
@@ -213,17 +222,60 @@ def test_scenes_show_as_many_concepts_as_the_recipe_says(recipe: str) -> None:
     assert shown <= known and len(shown) > len(known) / 2
 
 
-def test_worlds_have_caches_of_their_own_and_show_each_kind_as_often() -> None:
-    def shares(recipe: str) -> tuple[set[str], dict[str, float]]:
-        tables = cache_configs(load_recipe(Path(recipe), "data"))
-        often = Counter()
-        for table in tables:
-            often[" ".join(table.mix["kinds"])] += table.pictures * table.weight
-        return {t.folder for t in tables}, {k: n / often.total() for k, n in often.items()}
+def test_the_larger_world_is_shown_whole_alone_and_in_scenes() -> None:
+    def tables(recipe: str) -> list[CacheConfig]:
+        return cache_configs(load_recipe(Path(recipe), "art", "data"))
 
-    (folders, kinds), (others, larger) = shares("scenes"), shares("scenes-1k")
-    assert folders.isdisjoint(others)
-    assert kinds == pytest.approx(larger, abs=0.02)
+    smaller, larger = tables("scenes"), tables("scenes-1k")
+    assert {t.folder for t in smaller}.isdisjoint(t.folder for t in larger)
+    assert {t.concepts for t in larger} == {184, 1024}
+    shown: dict[str, Counter] = {}
+    for table in (t for t in larger if t.concepts == 1024):
+        for shard in range(min(8, table.pictures // SHARD)):
+            for scene in shard_scenes(table, shard)[1]:
+                key = f"{scene.kind} {scene.background.kind}"
+                shown.setdefault(key, Counter())[scene.items[0].concept.icon] += 1
+    for kind in ("single white", "single transparent"):
+        assert len(shown[kind]) == 1024 and set(shown[kind].values()) == {1}
+    assert len(shown["tinted white"]) > 800
+    several = [shown[key] for key in shown if key.split()[0] in ("several", "pair", "count")]
+    assert len(set().union(*several)) > 700
+
+
+def test_each_concept_leads_as_many_scenes_as_any_other() -> None:
+    config = CacheConfig("", 4 * SHARD, mix={"kinds": {"single": 1.0}}, seed=3, concepts=64)
+    rounds = [
+        [scene.items[0].concept.icon for scene in shard_scenes(config, shard)[1]]
+        for shard in range(4)
+    ]
+    assert set(Counter(icon for icons in rounds for icon in icons).values()) == {8}
+    assert rounds[0][:64] != rounds[0][64:] != rounds[1][:64]
+
+
+def test_a_picture_that_comes_again_is_encoded_once(
+    autoencoder: SceneAutoencoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Squares:
+        def sprite(self, style: str, icon: str) -> np.ndarray:
+            return np.full((8, 8, 4), 40 + 5 * len(icon), np.uint8)
+
+    encoded: list[np.ndarray] = []
+
+    def encode(network: SceneAutoencoder, pictures: list[np.ndarray]) -> torch.Tensor:
+        encoded.extend(pictures)
+        return encode_cells(network, pictures)
+
+    monkeypatch.setattr("litapp.training.latents.encode_cells", encode)
+    plain = {"backgrounds": {"white": 1.0}, "jitter": 0.0, "size": [0.5, 0.5], "shades": 0}
+    config = CacheConfig(str(tmp_path), 2 * SHARD, [[64, 64, 1]], plain, concepts=48)
+    build_scene_cache(config, Squares(), autoencoder)
+    assert len(encoded) == 48
+    for shard in range(2):
+        (width, height), scenes = shard_scenes(config, shard)
+        whole = [encode_cells(autoencoder, [render(s, Squares(), width, height)]) for s in scenes]
+        torch.testing.assert_close(
+            load_shard(tmp_path, shard).float(), torch.cat(whole), rtol=0, atol=2e-3
+        )
 
 
 def test_measured_preview_gives_the_colours_of_the_latents_patches(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ autoencoder that folds, a cache of scenes holds the cells, and ``folded/`` in it
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -126,15 +128,23 @@ Shards = dict[int, tuple[tuple[int, int], list[Scene]]]
 def _rendered(
     shards: Shards, store: SpriteStore, autoencoder: SceneAutoencoder, name: str
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Draw each scene and encode it whole."""
+    """Draw each scene and encode it whole; a picture that comes again, once."""
     threads = ThreadPoolExecutor()  # Pillow and NumPy release the interpreter's lock
-    for shard, (side, scenes) in track(shards.items(), f"latents {name}"):
-        latents: list[Tensor] = []
-        for start in range(0, SHARD, 8):
-            group = scenes[start : start + 8]
-            pictures = threads.map(lambda scene, side=side: render(scene, store, *side), group)
-            latents += encode_cells(autoencoder, list(pictures))
-        yield shard, latents
+    looks = {n: [(size, scene.look) for scene in scenes] for n, (size, scenes) in shards.items()}
+    left = Counter(look for group in looks.values() for look in group)
+    known: dict[tuple, Tensor] = {}
+    for shard, (size, scenes) in track(shards.items(), f"latents {name}"):
+        scene_of = dict(zip(looks[shard], scenes, strict=True))
+        new = [look for look in scene_of if look not in known]
+        for start in range(0, len(new), 8):
+            group = new[start : start + 8]
+            drawn = threads.map(
+                lambda scene, s=size: render(scene, store, *s), map(scene_of.get, group)
+            )
+            known |= zip(group, encode_cells(autoencoder, list(drawn)).half(), strict=True)
+        yield shard, [known[look] for look in looks[shard]]
+        left.subtract(looks[shard])
+        known = {look: cells for look, cells in known.items() if left[look]}
 
 
 def _composed(
@@ -153,8 +163,19 @@ def shard_scenes(config: CacheConfig, shard: int) -> tuple[tuple[int, int], list
     weights = np.array([size[2] for size in config.sizes])
     rng = np.random.default_rng((config.seed, shard))
     width, height, _ = config.sizes[rng.choice(len(weights), p=weights / weights.sum())]
-    scenes = [sample_scene(rng, concepts, mix) for _ in range(SHARD)]
+    scenes = [
+        sample_scene(rng, concepts, mix, concepts[index])
+        for index in _leading(config.seed, shard, len(concepts))
+    ]
     return (int(width), int(height)), scenes
+
+
+def _leading(seed: int, shard: int, concepts: int) -> Iterator[int]:
+    """Which concept each scene of a shard shows first: all in turn, each turn in another order."""
+    order = lru_cache(lambda turn: np.random.default_rng((seed, turn)).permutation(concepts))
+    for picture in range(shard * SHARD, (shard + 1) * SHARD):
+        turn, place = divmod(picture, concepts)
+        yield int(order(turn)[place])
 
 
 def load_shard(folder: Path, shard: int) -> Tensor:

@@ -18,7 +18,7 @@ from litapp.training.data.tints import TINTS, tint_sprite
 from litapp.training.data.words import article, plural
 
 # Counted up when a seed gives another scene, or a scene other pixels, so that no cache is mistaken.
-VERSION = 2
+VERSION = 3
 STYLE_WORDS = {
     "glossy": ("glossy 3D", "3D", "glossy"),
     "flat": ("flat", "flat vector", "flat style"),
@@ -69,6 +69,13 @@ class Scene:
     background: backgrounds.Background
     caption: str
     kind: str
+
+    @property
+    def look(self) -> tuple:
+        """What its pixels depend on: scenes of one look are the same picture."""
+        place = self.background
+        seed = place.seed if place.kind in backgrounds.SCENERY else None
+        return self.items, place.kind, place.colours, seed
 
 
 @dataclass(frozen=True)
@@ -125,10 +132,11 @@ def _tintable(concept: Concept, tint: str) -> bool:
     return recoloured(concept) and not held_out(concept.name, tint)
 
 
-def _subject(rng, concepts, mix: Mix, kind: str, style: str) -> tuple[list[Item], str]:
+def _subject(
+    rng, concepts, mix: Mix, kind: str, style: str, first: Concept
+) -> tuple[list[Item], str]:
     """Items and noun phrase for one kind of scene."""
     jitter = lambda: float(rng.uniform(-mix.jitter, mix.jitter))  # noqa: E731
-    first = _pick(rng, concepts)
     if kind == "single":
         size = float(rng.uniform(*mix.size))
         return [Item(first, style, 0.5 + jitter(), 0.5 + jitter(), size)], _noun(rng, first)
@@ -205,11 +213,17 @@ def _pair(rng, first: Concept, second: Concept, style: str, jitter) -> tuple[lis
     return items, f"{_noun(rng, first)} {words} {_noun(rng, second)}"
 
 
-def sample_scene(rng: np.random.Generator, concepts: list[Concept], mix: Mix) -> Scene:
-    """Draw one captioned scene; the same generator state gives the same scene."""
+def sample_scene(
+    rng: np.random.Generator, concepts: list[Concept], mix: Mix, first: Concept | None = None
+) -> Scene:
+    """Draw one captioned scene; the same generator state gives the same scene.
+
+    ``first`` is what it shows first, unless that cannot be shown so; without it, and in lists of
+    several things, each concept is as likely.
+    """
     kind = _choose(rng, mix.kinds)
     style = _choose(rng, mix.styles)
-    items, words = _subject(rng, concepts, mix, kind, style)
+    items, words = _subject(rng, concepts, mix, kind, style, first or _pick(rng, concepts))
     background = backgrounds.sample(rng, _choose(rng, mix.backgrounds), mix.shades)
     # Glossy is the house style and mostly goes unsaid; every other style is always named.
     if style != "glossy" or rng.random() < 0.1:
