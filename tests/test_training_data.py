@@ -169,6 +169,31 @@ def test_dropped_captions_are_the_empty_prompt(
     assert 16 < int((lengths == 2).sum()) < 48
 
 
+def test_captions_are_encoded_once_and_anew_when_they_change(
+    autoencoder: SceneAutoencoder, tmp_path: Path
+) -> None:
+    class Encoder(torch.nn.Module):
+        calls = 0
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor):
+            self.calls += 1
+            return count_encoder(ids, mask)
+
+    encoder, kept = Encoder(), tmp_path / "run" / "texts.safetensors"
+
+    def batch(length: int = 6) -> dict[str, torch.Tensor]:
+        cache = own_pictures(autoencoder, tmp_path)
+        data = LatentData([cache], WordTokenizer(), encoder, length, kept=kept)
+        return next(data.batches(0, size=3, dropout=0.0, seed=0))
+
+    first, calls = batch(), encoder.calls
+    again = batch()
+    assert encoder.calls == calls and first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert batch(length=5)["encoder_hidden_states"].shape[1] == 5
+    assert encoder.calls == 2 * calls
+
+
 def test_pictures_of_a_heavier_cache_are_taken_more_often(tmp_path: Path) -> None:
     folders = [tmp_path / "light", tmp_path / "heavy"]
     for value, folder in enumerate(folders):

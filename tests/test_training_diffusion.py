@@ -254,4 +254,4 @@ def test_parts_that_do_not_fit_are_named(workshop: Path, pixart: Path) -> None:
         run(workshop, "out", teacher="pipeline/transformer")
     assert not (workshop / "out").exists()
     with pytest.raises(LitappError, match="this autoencoder is not RGBA"):
-        diffusion.load_latents({"art": {}, "data": []}, load_codec(pixart / "vae"), (), 8)
+        diffusion.load_latents({"art": {}, "data": []}, load_codec(pixart / "vae"), (), 8, workshop)

@@ -193,14 +193,15 @@ def load_latents(
     codec: SceneCodec | KLCodec,
     text: tuple,
     text_length: int,
+    output: Path,
     data: Path | None = None,
-    output: Path = Path(),
     size: int | None = None,
 ) -> LatentData:
     """What a recipe trains on, with caches built where need be.
 
     Args:
         text: tokenizer and encoder.
+        output: the run's folder, which keeps the encoded captions.
         data: an imagefolder to train on instead, its pictures cropped to ``size`` pixels; its
             latents go to ``output``.
     """
@@ -209,7 +210,8 @@ def load_latents(
             caches = {build_folder_cache(data, output / "latents", codec, size): 1.0}
         else:
             caches = _scene_caches(tables, codec)
-    return LatentData(list(caches), *text, text_length, list(caches.values()))
+        kept = output / "texts.safetensors"
+        return LatentData(list(caches), *text, text_length, list(caches.values()), kept)
 
 
 def save_run(output: Path, **parts) -> None:
@@ -250,7 +252,7 @@ def main(
     text = load_text(tables, config.text_length)
     _check_fit(model, text, codec)
     size = model.config.sample_size * codec.reduction if data else None
-    latents = load_latents(tables, codec, text, config.text_length, data, output, size)
+    latents = load_latents(tables, codec, text, config.text_length, output, data, size)
     scheduler = config.scheduler()
     diffusion = Diffusion(scheduler)
 

@@ -170,7 +170,7 @@ def main(recipe: Path, output: Path, resume: bool, teacher: Path) -> None:
     except (OSError, ValueError) as error:
         raise LitappError(f"there is no schedule in {teacher / 'scheduler'}") from error
     text = load_text_encoder()
-    latents = load_latents(tables, codec, text, config.text_length)
+    latents = load_latents(tables, codec, text, config.text_length, output)
     objective = FewStep(Diffusion(scheduler), mentor, latents.condition(latents.empty), config)
     sampler = Sampler(samples, scheduler, codec, *text, config.text_length)
 

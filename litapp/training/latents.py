@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -265,12 +265,36 @@ class Pool:
         return group, torch.multinomial(weights, size, replacement=repeat, generator=generator)
 
 
+def _encode_captions(
+    captions: list[str], tokenizer: Tokenizer, encoder: TextEncoder, length: int
+) -> dict[str, Tensor]:
+    """As :func:`encode_texts`, with float16 states."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=choose_precision("auto") == "bf16"):
+        texts = encode_texts(tokenizer, encoder, captions, length)
+    return {**texts, "states": texts["states"].half(), "pooled": texts["pooled"].float()}
+
+
+def _kept(path: Path, source: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What ``make`` gives, from the file where that was made of the same ``source``."""
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("source") == source:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    made, aside = make(), path.with_suffix(".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(made, aside, metadata={"source": source})
+    aside.replace(path)
+    return made
+
+
 class LatentData:
     """A :class:`Pool` with its captions encoded.
 
     Args:
         folders, weights: as the pool's.
         text_length: tokens that captions are padded or cut to.
+        kept: a file for the encoded captions, so that a run that goes on need not encode them
+            again, and processes that train together hold them once.
 
     Raises:
         LitappError: the folders hold no shard.
@@ -283,6 +307,7 @@ class LatentData:
         encoder: TextEncoder,
         text_length: int = 32,
         weights: list[float] | None = None,
+        kept: Path | None = None,
     ) -> None:
         self.pool = Pool(folders, weights)
         captions = self.pool.captions
@@ -290,10 +315,9 @@ class LatentData:
         row = {words: index for index, words in enumerate(unique)}
         self.rows = [torch.tensor([row[w] for w in group]) for group in captions]
         self.empty = torch.tensor([row[""]])
-        with torch.autocast("cpu", torch.bfloat16, enabled=choose_precision("auto") == "bf16"):
-            texts = encode_texts(tokenizer, encoder, unique, text_length)
-        self.states, self.pooled = texts["states"].half(), texts["pooled"].float()
-        self.mask = texts["mask"]
+        make = lambda: _encode_captions(unique, tokenizer, encoder, text_length)  # noqa: E731
+        texts = _kept(kept, digest((), encoder, text_length, *unique), make) if kept else make()
+        self.states, self.pooled, self.mask = texts["states"], texts["pooled"], texts["mask"]
 
     def __len__(self) -> int:
         return len(self.pool)
