@@ -192,6 +192,9 @@ def test_captions_are_encoded_once_and_anew_when_they_change(
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert batch(length=5)["encoder_hidden_states"].shape[1] == 5
     assert encoder.calls == 2 * calls
+    kept.write_bytes(b"cut off")
+    assert batch(length=5)["encoder_hidden_states"].shape[1] == 5
+    assert encoder.calls == 3 * calls
 
 
 def test_pictures_of_a_heavier_cache_are_taken_more_often(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ curve of one at the same batch size.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from litapp.errors import LitappError
 
 REFUSED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+# The others wait while the main process draws and encodes what is trained on, which takes hours
+# where data is large; torch gives up after half of one.
+PATIENCE = timedelta(hours=24)
 
 
 def join_processes() -> PartialState:
@@ -34,7 +38,7 @@ def join_processes() -> PartialState:
                 '`accelerate config`, and shard the weights with sharding = "full" in [loop]'
             )
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu)
+    return PartialState(cpu=on_cpu, timeout=PATIENCE)
 
 
 def check_processes(accelerator: Accelerator, batch_size: int, accumulation: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.progress import track
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -276,10 +276,12 @@ def _encode_captions(
 
 def _kept(path: Path, source: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What ``make`` gives, from the file where that was made of the same ``source``."""
-    if path.is_file():
+    try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("source") == source:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (FileNotFoundError, SafetensorError):
+        pass
     made, aside = make(), path.with_suffix(".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(made, aside, metadata={"source": source})
