@@ -18,7 +18,6 @@ from litapp.training import fold
 from litapp.training.codec import encode_cells, fold_cells, load_codec
 from litapp.training.fold import measure_folding
 from litapp.training.latents import CacheConfig, Pool, build_scene_cache, fold_cache
-from litapp.training.recipe import load_recipe
 
 SIDE = 256
 FOLD = {"decoder_widths": (8, 8), "decoder_blocks": (1, 1)}
@@ -163,14 +162,6 @@ def test_what_folds_already_is_one_clear_line(recipe: Path, folded: Path) -> Non
     with pytest.raises(LitappError, match="folds already"):
         autoencoder_training.main(recipe, recipe.parent / "out", resume=True)
     assert not (recipe.parent / "out").exists()
-
-
-def test_a_recipe_takes_the_tables_of_another_where_it_has_not_its_own(recipe: Path) -> None:
-    child = recipe.with_name("child.toml")
-    child.write_text(f"extends = '{recipe}'\n[loop]\nsteps = 1\n")
-    tables = load_recipe(child, "fold", "loop")
-    assert tables["loop"] == {"steps": 1} and "extends" not in tables
-    assert tables["fold"] == load_recipe(recipe)["fold"]
 
 
 def test_the_cache_of_latents_follows_the_cells_and_the_weights(folded: Path) -> None:

@@ -250,6 +250,14 @@ def test_scenes_show_as_many_concepts_as_the_recipe_says(recipe: str) -> None:
     assert shown <= known and len(shown) > len(known) / 2
 
 
+def test_a_stage_sets_weights_of_the_world_that_it_extends() -> None:
+    world = {"data": [{"folder": "a/plain", "pictures": 1}, {"folder": "b", "pictures": 1}]}
+    weights = [c.weight for c in cache_configs({**world, "weights": {"plain": 9.0}})]
+    assert weights == [9.0, 1.0]
+    with pytest.raises(LitappError, match=r"\[weights\].*plane"):
+        cache_configs({**world, "weights": {"plane": 9.0}})
+
+
 def test_the_larger_world_is_shown_whole_alone_and_in_scenes() -> None:
     def tables(recipe: str) -> list[CacheConfig]:
         return cache_configs(load_recipe(Path(recipe), "art", "data"))

@@ -222,6 +222,14 @@ def test_recipes_that_cannot_be_read_are_one_clear_line(tmp_path: Path) -> None:
         from_table(LoopConfig, {"stepz": 1}, "loop")
 
 
+def test_a_recipe_takes_of_another_what_it_has_not_itself(tmp_path: Path) -> None:
+    parent, child = tmp_path / "parent.toml", tmp_path / "child.toml"
+    parent.write_text("[fold]\nwidth = 2\n[loop]\nsteps = 9\nseed = 3\n[[data]]\nseed = 1\n")
+    child.write_text(f"extends = '{parent}'\n[loop]\nsteps = 1\n[[data]]\nfolder = 'x'\n")
+    expected = {"fold": {"width": 2}, "loop": {"steps": 1, "seed": 3}, "data": [{"folder": "x"}]}
+    assert load_recipe(child, "fold", "loop") == expected
+
+
 def test_a_recipe_that_extends_several_takes_most_from_the_last(tmp_path: Path) -> None:
     def write(name: str, text: str) -> Path:
         (tmp_path / name).write_text(text)

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -60,11 +60,24 @@ class CacheConfig:
 
 
 def cache_configs(tables: dict) -> list[CacheConfig]:
-    """A recipe's ``[[data]]`` tables, with as many concepts as its ``[art]`` says."""
+    """A recipe's ``[[data]]`` tables, with as many concepts as its ``[art]`` says.
+
+    ``[weights]`` sets other weights, by the folders' last names: a stage's own shares of a world
+    that it extends.
+
+    Raises:
+        LitappError: a table has a wrong key, or no folder has a name of ``[weights]``.
+    """
     concepts = tables.get("art", {}).get("concepts")
-    return [
-        from_table(CacheConfig, {"concepts": concepts, **table}, "data") for table in tables["data"]
-    ]
+    weights = dict(tables.get("weights", {}))
+    configs = []
+    for table in tables["data"]:
+        config = from_table(CacheConfig, {"concepts": concepts, **table}, "data")
+        weight = weights.pop(Path(config.folder).name, config.weight)
+        configs.append(replace(config, weight=weight))
+    if weights:
+        raise LitappError(f"recipe, [weights]: no [[data]] folder is called {min(weights)}")
+    return configs
 
 
 def _save_shard(path: Path, latents: list[Tensor], captions: list[str]) -> None:

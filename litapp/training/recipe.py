@@ -17,8 +17,9 @@ else:
 def load_recipe(path: Path, *needed: str) -> dict:
     """Read a TOML recipe, by path or by the name of one that ships with litapp.
 
-    ``extends = "NAME"`` at its top brings the tables of another recipe, where it has not its own;
-    of several, ``extends = ["NAME", "OTHER"]``, the later ones count more.
+    ``extends = "NAME"`` at its top brings the tables of another recipe, key by key where it has
+    not its own; of several, ``extends = ["NAME", "OTHER"]``, the later ones count more. A list,
+    such as that of all ``[[data]]`` tables, is taken whole.
 
     Raises:
         LitappError: there is none, it cannot be read, or it lacks one of the ``needed`` tables.
@@ -38,8 +39,17 @@ def _extended(path: Path, within: tuple[Path, ...] = ()) -> dict:
     names = own.pop("extends", [])
     tables: dict = {}
     for name in [names] if isinstance(names, str) else names:
-        tables |= _extended(Path(name), (*within, path))
-    return tables | own
+        tables = _merged(tables, _extended(Path(name), (*within, path)))
+    return _merged(tables, own)
+
+
+def _merged(tables: dict, others: dict) -> dict:
+    """The tables of both, the keys of ``others`` before those of ``tables``."""
+    merged = dict(tables)
+    for name, value in others.items():
+        both = isinstance(value, dict) and isinstance(tables.get(name), dict)
+        merged[name] = tables[name] | value if both else value
+    return merged
 
 
 def _read(path: Path) -> dict:
