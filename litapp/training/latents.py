@@ -69,15 +69,17 @@ def cache_configs(tables: dict) -> list[CacheConfig]:
         LitappError: a table has a wrong key, or no folder has a name of ``[weights]``.
     """
     concepts = tables.get("art", {}).get("concepts")
-    weights = dict(tables.get("weights", {}))
-    configs = []
-    for table in tables["data"]:
-        config = from_table(CacheConfig, {"concepts": concepts, **table}, "data")
-        weight = weights.pop(Path(config.folder).name, config.weight)
-        configs.append(replace(config, weight=weight))
-    if weights:
-        raise LitappError(f"recipe, [weights]: no [[data]] folder is called {min(weights)}")
-    return configs
+    weights = tables.get("weights", {})
+    configs = [
+        from_table(CacheConfig, {"concepts": concepts, **table}, "data") for table in tables["data"]
+    ]
+    names = [Path(config.folder).name for config in configs]
+    if unknown := weights.keys() - set(names):
+        raise LitappError(f"recipe, [weights]: no [[data]] folder is called {min(unknown)}")
+    return [
+        replace(config, weight=weights.get(name, config.weight))
+        for name, config in zip(names, configs, strict=True)
+    ]
 
 
 def _save_shard(path: Path, latents: list[Tensor], captions: list[str]) -> None:
