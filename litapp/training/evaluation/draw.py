@@ -52,7 +52,8 @@ def bundle_drawer(
 def checkpoint_drawer(folder: Path, steps: int | None, guidance: float | None) -> Draw:
     """Draw with torch from a training run's ``model`` folder, at the size it was trained at.
 
-    Pictures are drawn eight at a time, from the seed of the first of the eight.
+    Pictures are drawn eight at a time, from the seed of the first of the eight, under bf16 autocast
+    where the processor multiplies bf16.
 
     Args:
         steps, guidance: if not given, what the ``[sampler]`` of the folder's ``model.toml`` says,
@@ -67,6 +68,7 @@ def checkpoint_drawer(folder: Path, steps: int | None, guidance: float | None) -
 
     from litapp.models.text_encoder import load_text_encoder
     from litapp.training.codec import SceneCodec
+    from litapp.training.loop import choose_precision
     from litapp.training.samples import SampleConfig, Sampler
 
     model, autoencoder, scheduler = _networks(folder)
@@ -82,9 +84,11 @@ def checkpoint_drawer(folder: Path, steps: int | None, guidance: float | None) -
             prompts = [job.prompt for job in chunk]
             table = {"prompts": prompts, "seed": chunk[0].seed, **chosen}
             config = from_table(SampleConfig, table, "sampler")
-            sampler = Sampler(config, scheduler, codec, tokenizer, encoder, 32)
-            for latents in sampler.latents(model).split(1):
-                pixels = codec.decode(latents)[0]
+            # The generator's caller must not find itself under autocast: no yield within.
+            with torch.autocast("cpu", torch.bfloat16, enabled=choose_precision("auto") == "bf16"):
+                sampler = Sampler(config, scheduler, codec, tokenizer, encoder, 32)
+                drawn = [codec.decode(one)[0] for one in sampler.latents(model).split(1)]
+            for pixels in drawn:
                 picture = np.clip(pixels.permute(1, 2, 0).float().numpy(), 0, 1)
                 yield to_image(snap_alpha(np.ascontiguousarray(picture)))
 
