@@ -6,7 +6,6 @@ import io
 import json
 import multiprocessing
 import shutil
-import socket
 import tarfile
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from litapp.errors import LitappError
 from litapp.models.dit import LiTDiTTransformer2DModel
@@ -139,11 +139,11 @@ def started(workshop: Path, output: str, processes: int) -> Iterator[list[BasePr
     arguments = ["train-kd", "--recipe", str(workshop / "recipe.toml")]
     for option, name in {"teacher": "teacher", "data": "pictures", "output": output}.items():
         arguments += [f"--{option}", str(workshop / name)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # What torchrun sets, and `accelerate launch` through it.
-    shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # What torchrun does, and `accelerate launch` through it: the processes meet at a store of their
+    # parent's, which holds its port from the start.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    shared["TORCHELASTIC_USE_AGENT_STORE"] = True
     group = []
     for rank in range(processes):
         more = {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": 1, **shared}
