@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,14 @@ CASES = {
 }
 ROWS = {
     "ort-int8": "LiT, ours (ONNX Runtime int8)",
+    "ours-openvino": "LiT, ours (OpenVINO int8)",
     "ort-fp32": "LiT, ONNX Runtime fp32",
     "torch-fp32": "LiT, torch fp32",
     "torch-bf16": "LiT, torch bf16",
     "torch-compile": "LiT, torch.compile fp32",
     "openvino-fp32": "LiT, OpenVINO fp32",
     "openvino-bf16": "LiT, OpenVINO bf16",
-    "openvino-bundle": "LiT, OpenVINO on our int8 file",
+    "openvino-bundle": "LiT, OpenVINO on our int8 file as it is",
     "openvino-int8": "LiT, OpenVINO int8 (nncf)",
     "openvino-dynamic": "LiT, OpenVINO int8, activations as they come",
     "pixart-fp32": "softmax PixArt, diffusers fp32",
@@ -57,7 +58,12 @@ ROWS = {
     "sana-fp32": "Sana, diffusers fp32",
     "sana-bf16": "Sana, diffusers bf16",
 }
-PACKAGES = {"openvino": "openvino", "openvino-int8": "nncf", "openvino-dynamic": "nncf"}
+PACKAGES = {
+    "ours": "openvino",
+    "openvino": "openvino",
+    "openvino-int8": "nncf",
+    "openvino-dynamic": "nncf",
+}
 # Timesteps of the calls that a fixed quantisation is calibrated on; none is the one measured.
 CALIBRATION = (999, 700, 300, 20)
 
@@ -111,6 +117,23 @@ def onnx_call(case: str, path: Path) -> Call:
 
     run, feed = OnnxNetwork(path, "cpu", ["sample"]), inputs(case)
     return lambda: run(**feed)[0]
+
+
+def ours_on_openvino(case: str, path: Path) -> Call:
+    from litapp.engines import OpenVINONetwork
+
+    run, feed = OpenVINONetwork(path, ["sample"], int8=True), inputs(case)
+    return lambda: run(**feed)[0]
+
+
+def ours(case: str, rows: Collection[str]) -> str:
+    """The row of these that ``--device auto`` would take for the whole model of ``case``."""
+    from litapp.engines import multiplies_bf16
+
+    large = case != "bundled"
+    return (
+        "ours-openvino" if large and multiplies_bf16() and "ours-openvino" in rows else "ort-int8"
+    )
 
 
 def openvino_call(case: str, kind: str, folder: Path) -> Call:
@@ -225,6 +248,8 @@ def build(row: str, case: str, layers: int, folder: Path) -> Call:
     kind, precision = row.split("-")
     if kind == "ort":
         return onnx_call(case, folder / f"{precision}.onnx")
+    if kind == "ours":
+        return ours_on_openvino(case, folder / "int8.onnx")
     if kind == "openvino":
         return openvino_call(case, precision, folder)
     return torch_call(case, layers, kind, precision)

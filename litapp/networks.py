@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from litapp.bundle import Bundle, home
-from litapp.engines import OPENVINO, GraphCache, Network, choose_device, open_network
+from litapp.engines import (
+    OPENVINO,
+    GraphCache,
+    Network,
+    choose_device,
+    multiplies_bf16,
+    open_network,
+)
 from litapp.errors import LitappError
 from litapp.manifest import ENCODER
 
@@ -23,6 +30,9 @@ OUTPUTS = {
     "vae_decoder": ("sample",),
     ENCODER: ("latent_sample",),
 }
+# Bytes of an int8 network from which on it pays to compile it for each size of picture: the bundled
+# one, a sixth of this, would compile for 0.8 s to save 3 ms of a picture.
+LARGE = 64 << 20
 _NAMES = {"text_encoder": "text encoder", "vae_decoder": "decoder", ENCODER: "encoder"}
 
 _log = logging.getLogger(__name__)
@@ -89,17 +99,27 @@ class Networks:
 
     def _load(self, component: str) -> Network:
         path, cache = self._bundle.component(component), GraphCache(home() / "cache" / "graphs")
-        device = self._device_of(component)
-        return open_network(path, device, self._outputs(component), self._prepare, cache)
+        device, int8 = self._device_of(component), self._precision(component) == "int8"
+        return open_network(path, device, self._outputs(component), self._prepare, cache, int8)
 
     def _device_of(self, component: str) -> str:
-        """Where a network runs: products in int8 or int4 are ONNX Runtime's, on any processor.
+        """Where a network runs: products in int4, and small ones in int8, are ONNX Runtime's.
 
-        OpenVINO took 1.2 to 4 times as long for those of int8 (``docs/performance.md``).
+        OpenVINO takes two thirds to five sixths of its time for large ones in int8 on processors
+        that multiply bf16, but compiles for the size of a picture (``docs/performance.md``).
         """
-        device = choose_device(self._device)
-        precision = self._bundle.manifest.components[component].precision
-        return "cpu" if device == OPENVINO and precision in ("int8", "int4") else device
+        device, precision = choose_device(self._device), self._precision(component)
+        if device != OPENVINO or precision not in ("int8", "int4"):
+            return device
+        manifest = self._bundle.manifest
+        path = manifest.components[component].path
+        # A file of more than 2 GB has its weights beside it, under a longer name.
+        size = sum(entry.size for name, entry in manifest.files.items() if name.startswith(path))
+        pays = precision == "int8" and size >= LARGE and multiplies_bf16()
+        return OPENVINO if pays else "cpu"
+
+    def _precision(self, component: str) -> str | None:
+        return self._bundle.manifest.components[component].precision
 
     def _outputs(self, component: str) -> tuple[str, ...]:
         pools = component != "text_encoder" or self._bundle.manifest.pooled

@@ -11,16 +11,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from litapp import TextToImage, engines
-from litapp.bundle import home
+from litapp.bundle import home, load
 from litapp.doctor import report
 from litapp.engines import GraphCache, OnnxNetwork, OpenVINONetwork, choose_device
+from litapp.engines.openvino_int8 import rewrite_products
 from litapp.errors import EXIT_USAGE, LitappError
 from litapp.networks import Networks
+from litapp.pipeline import DEFAULT_MODEL
 
 pytest.importorskip("openvino", reason="the extra openvino has wheels for fewer systems")
 
@@ -107,23 +110,85 @@ print("openvino" in sys.modules, sys.modules["openvino_telemetry"])
 
 
 @isolated
-def test_products_in_int8_stay_with_onnx_runtime(rewrite: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("precision", "large", "bf16", "engine"),
+    [
+        ("int8", True, True, OpenVINONetwork),
+        ("int8", True, False, OnnxNetwork),
+        ("int8", False, True, OnnxNetwork),
+        ("int4", True, True, OnnxNetwork),
+        ("fp32", False, True, OpenVINONetwork),
+    ],
+)
+def test_products_in_int8_are_openvinos_where_that_pays(
+    precision: str,
+    large: bool,
+    bf16: bool,
+    engine: type,
+    rewrite: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     components = {
         name: {"path": f"{name}/model.onnx", "precision": precision, "license": "Apache-2.0"}
-        for name, precision in (
-            ("text_encoder", "int8-weights"),
-            ("transformer", "int8"),
-            ("vae_decoder", "fp16-weights"),
-        )
+        for name in ("text_encoder", "transformer", "vae_decoder")
     }
+    monkeypatch.setattr("litapp.networks.multiplies_bf16", lambda: bf16)
+    monkeypatch.setattr("litapp.networks.LARGE", 1 if large else 64 << 20)
     model = TextToImage.load(rewrite(components=components), "openvino")
     networks = Networks(model.bundle, "openvino", lambda _: None)
-    kinds = {name: type(networks.get(name)) for name in components}
-    assert kinds == {
-        "text_encoder": OpenVINONetwork,
-        "transformer": OnnxNetwork,
-        "vae_decoder": OpenVINONetwork,
-    }
+    assert {type(networks.get(name)) for name in components} == {engine}
+
+
+@isolated
+def test_large_networks_in_int8_draw_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litapp.networks.multiplies_bf16", lambda: True)
+    monkeypatch.setattr("litapp.networks.LARGE", 1)
+    plain, fast = (TextToImage.load(DEFAULT_MODEL, device) for device in ("cpu", "openvino"))
+    # Another length of prompt, another shape of picture, and a batch of two for guidance.
+    asked = [
+        ("a cat", {"width": 1024, "height": 512}),
+        ("two red apples on a blue background", {"width": 1024, "height": 512}),
+        ("a cat", {"width": 512, "height": 1024, "guidance": 2.0}),
+    ]
+    for prompt, options in asked:
+        ours, other = (
+            np.asarray(model(prompt, seed=3, **options).image.convert("RGB"), int)
+            for model in (plain, fast)
+        )
+        assert ours.std() > 20
+        # Both are rounded to int8, in different ways.
+        assert np.abs(ours - other).mean() < 3
+
+
+@isolated
+def test_every_product_in_int8_is_exchanged() -> None:
+    import openvino
+
+    network = openvino.Core().read_model(load(DEFAULT_MODEL).component("transformer"))
+    sums = [name for name in tensor_names(network) if name.endswith("/sum")]
+    assert rewrite_products(network) == len(sums) > 20
+    # What DynamicQuantizeLinear and MatMulInteger had become.
+    assert not {name for name in tensor_names(network) if name.endswith(("/sum", "/u8"))}
+
+
+def tensor_names(network: Any) -> set[str]:
+    nodes = network.get_ordered_ops()
+    return {name for node in nodes for output in node.outputs() for name in output.get_names()}
+
+
+@isolated
+def test_nan_stays_nan_through_products_in_int8() -> None:
+    path = load(DEFAULT_MODEL).component("transformer")
+    latents = np.zeros((1, 96, 8, 8), np.float32)
+    latents[0, 0, 0, 0] = np.nan
+    (sample,) = OpenVINONetwork(path, ["sample"], int8=True)(
+        hidden_states=latents,
+        timestep=np.ones(1, np.float32),
+        encoder_hidden_states=np.ones((1, 3, 384), np.float32),
+        encoder_attention_mask=np.ones((1, 3), np.int64),
+        pooled_projections=np.ones((1, 384), np.float32),
+    )
+    assert np.isnan(sample).any()
 
 
 @isolated

@@ -82,6 +82,7 @@ def open_network(
     outputs: Sequence[str],
     on_prepare: Callable[[str], None] | None = None,
     cache: GraphCache | None = None,
+    int8: bool = False,
 ) -> Network:
     """Load a network with the engine that its file is for.
 
@@ -90,6 +91,7 @@ def open_network(
         device: one of :data:`DEVICES`.
         on_prepare: as for :class:`CoreMLNetwork`; nothing else needs preparing.
         cache: as for :class:`OnnxNetwork`.
+        int8: as for :class:`OpenVINONetwork`; nothing else needs to know.
 
     Raises:
         LitappError: the network cannot be loaded or has no such output, or the device is not there.
@@ -98,5 +100,5 @@ def open_network(
         return CoreMLNetwork(path, device, outputs, on_prepare)
     chosen = choose_device(device)
     if chosen == OPENVINO:
-        return OpenVINONetwork(path, outputs, cache)
+        return OpenVINONetwork(path, outputs, cache, int8=int8)
     return OnnxNetwork(path, chosen, outputs, cache)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["GraphCache"]
+__all__ = ["LARGEST", "GraphCache"]
 
 # What is larger gains little by it: there the weights are what takes the time.
 LARGEST = 256 << 20
