@@ -196,7 +196,7 @@ def test_an_autoencoder_of_other_channels_is_refused_before_pictures_are_encoded
     assert not (workshop / "out").exists()
 
 
-@pytest.mark.parametrize("recipe", ("class-teacher", "class-student", "lit", "lit-1k"))
+@pytest.mark.parametrize("recipe", ("class-teacher", "class-student", "lit", "lit-1k-end"))
 def test_recipes_that_name_our_autoencoder_read_its_latents(recipe: str) -> None:
     tables = load_recipe(Path(recipe))
     folder = Path(__file__).parents[1] / tables["autoencoder"]["path"]
