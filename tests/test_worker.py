@@ -65,7 +65,7 @@ def test_preparing_a_network_is_told_until_the_next_step(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def prepare(
-        path: Path, device: str, outputs: list[str], on_prepare: Callable, cache: object
+        path: Path, device: str, outputs: list[str], on_prepare: Callable, *_: object
     ) -> object:
         on_prepare(path.parent.name)  # as Core ML does the first time
         return open_network(path, device, outputs)
