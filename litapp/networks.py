@@ -105,8 +105,8 @@ class Networks:
     def _device_of(self, component: str) -> str:
         """Where a network runs: products in int4, and small ones in int8, are ONNX Runtime's.
 
-        OpenVINO takes two thirds to five sixths of its time for large ones in int8 on processors
-        that multiply bf16, but compiles for the size of a picture (``docs/performance.md``).
+        OpenVINO takes about three quarters of its time for large ones in int8 on processors that
+        multiply bf16, but compiles for the size of a picture (``docs/performance.md``).
         """
         device, precision = choose_device(self._device), self._precision(component)
         if device != OPENVINO or precision not in ("int8", "int4"):
